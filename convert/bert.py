@@ -1,0 +1,90 @@
+"""BERT's and RoBERTa's tensors: one body, two heads."""
+
+from __future__ import annotations
+
+from jax_encdec.config import Role
+from jax_encdec.convert.rules import Linear, Rule, Vector, linear, norm
+from jax_encdec.convert.tables import BUFFER, OTHER_HEAD, Standalone, Table
+from jax_encdec.families import FamilyConfig
+
+
+def _attention(tensor: str, leaf: str) -> tuple[Rule, ...]:
+    return (
+        *linear(f"{tensor}.self.query", f"{leaf}/query"),
+        *linear(f"{tensor}.self.key", f"{leaf}/key"),
+        *linear(f"{tensor}.self.value", f"{leaf}/value"),
+        *linear(f"{tensor}.output.dense", f"{leaf}/out", inputs=2),
+        *norm(f"{tensor}.output.LayerNorm", f"{leaf}/norm_after"),
+    )
+
+
+def body(config: FamilyConfig, role: Role) -> tuple[Rule, ...]:
+    """Tensors of BertModel."""
+    layer = "encoder.layer.{}"
+    return (
+        Rule("embeddings.word_embeddings.weight", "embedding/token"),
+        Rule("embeddings.position_embeddings.weight", "embedding/position"),
+        Rule("embeddings.token_type_embeddings.weight", "embedding/type"),
+        *norm("embeddings.LayerNorm", "embedding/norm"),
+        *_attention(f"{layer}.attention", "{}/self_attention"),
+        *_attention(f"{layer}.crossattention", "{}/cross_attention"),
+        *linear(f"{layer}.intermediate.dense", "{}/mlp/up"),
+        *linear(f"{layer}.output.dense", "{}/mlp/down"),
+        *norm(f"{layer}.output.LayerNorm", "{}/mlp/norm_after"),
+        Rule("pooler.dense.weight", "kept/pooler_kernel", Linear()),
+        Rule("pooler.dense.bias", "kept/pooler_bias", Vector()),
+    )
+
+
+def _decoder_biases(config: FamilyConfig, outer: str, inner: str) -> tuple[Rule, ...]:
+    # The bias is published twice. Untied, the forward pass reads only the inner one.
+    if config.ties_head:
+        return Rule(outer, "head/bias"), Rule(inner, "head/bias")
+    return Rule(inner, "head/bias"), Rule(outer, "kept/head_bias")
+
+
+def bert_head(config: FamilyConfig) -> tuple[Rule, ...]:
+    """Tensors of BertLMHeadModel beside the bare model."""
+    stem = "cls.predictions"
+    return (
+        *linear(f"{stem}.transform.dense", "head/transform"),
+        *norm(f"{stem}.transform.LayerNorm", "head/norm"),
+        Rule(f"{stem}.decoder.weight", "head/kernel"),
+        *_decoder_biases(config, f"{stem}.bias", f"{stem}.decoder.bias"),
+    )
+
+
+def roberta_head(config: FamilyConfig) -> tuple[Rule, ...]:
+    """Tensors of RobertaForCausalLM beside the bare model."""
+    return (
+        *linear("lm_head.dense", "head/transform"),
+        *norm("lm_head.layer_norm", "head/norm"),
+        Rule("lm_head.decoder.weight", "head/kernel"),
+        *_decoder_biases(config, "lm_head.bias", "lm_head.decoder.bias"),
+    )
+
+
+_IGNORED = (
+    ("*embeddings.position_ids", BUFFER),
+    ("*embeddings.token_type_ids", BUFFER),
+    ("cls.seq_relationship.*", OTHER_HEAD),
+    ("classifier.*", OTHER_HEAD),
+    ("qa_outputs.*", OTHER_HEAD),
+    ("*pooler.dense.*", "a pooler, which a decoder has not"),
+)
+
+BERT = Table(
+    body=body,
+    head=bert_head,
+    nested="bert.",
+    standalone=lambda config, role: Standalone(("bert.", "")),
+    ignored=_IGNORED,
+)
+
+ROBERTA = Table(
+    body=body,
+    head=roberta_head,
+    nested="roberta.",
+    standalone=lambda config, role: Standalone(("roberta.", "")),
+    ignored=_IGNORED,
+)

@@ -1,0 +1,205 @@
+"""From a family's table to the rules of a whole checkpoint, for each layout people publish.
+
+A family's `Table` lists the tensors of the bare model and of the decoder's head. `composite_parts`
+nests two of them as EncoderDecoderModel does; `whole_parts` is a family's own sequence-to-sequence
+layout; `standalone_part` reads a single checkpoint for one side of a warm start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jax_encdec.config import Role
+from jax_encdec.convert.rules import Part, Rule, linear, published_names
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.errors import CheckpointError
+from jax_encdec.families import FamilyConfig
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """How single checkpoints hold one role's bare model.
+
+    Attributes:
+        prefixes: what stands before the body's names, tried in order.
+        rules: further names of the same leaves, complete.
+        ignored: (pattern, reason) of tensors that only this use leaves over.
+    """
+
+    prefixes: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where one family's published tensors live in a trunk's parameters.
+
+    Attributes:
+        body: rules of the bare model in a role; leaves are relative to the trunk.
+        head: rules of the decoder's language model head, under the names that stand beside the
+            nested bare model.
+        nested: how a decoder with its head nests the bare model ("bert.").
+        standalone: how single checkpoints hold the bare model in a role.
+        ignored: (pattern, reason) of tensors that checkpoints carry and nobody needs; patterns
+            match complete names.
+        whole: all rules of the family's own sequence-to-sequence model, if it has one.
+    """
+
+    body: Callable[[FamilyConfig, Role], tuple[Rule, ...]]
+    head: Callable[[FamilyConfig], tuple[Rule, ...]]
+    nested: str
+    standalone: Callable[[FamilyConfig, Role], Standalone]
+    ignored: tuple[tuple[str, str], ...] = ()
+    whole: Callable[[FamilyConfig], tuple[Rule, ...]] | None = None
+
+
+BUFFER = "a buffer that the code recomputes"
+OTHER_HEAD = "a head for another task"
+NO_HEAD = "a language model head, which an encoder has not"
+NO_CROSS = "cross-attention, which an encoder has not"
+OTHER_HALF = "the other half of the published model"
+LEFT_OUT = "a layer left out"
+
+_TIED_HEAD = ("decoder", "head", "kernel"), ("decoder", "embedding", "token")
+_UNUSED = "*/kept/*"  # published, never read: a file may lack them
+
+
+def _head_alias(config: FamilyConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
+    return dict([_TIED_HEAD]) if config.ties_head else {}
+
+
+def _chased(aliases: dict[tuple[str, ...], tuple[str, ...]]) -> dict:
+    """Resolve aliases of aliases (a tied head on a shared embedding)."""
+    return {alias: aliases.get(leaf, leaf) for alias, leaf in aliases.items()}
+
+
+def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
+    """Rules of a checkpoint in EncoderDecoderModel's layout."""
+    from jax_encdec.convert import TABLES
+
+    encoder, decoder = TABLES[config.encoder.model_type], TABLES[config.decoder.model_type]
+    aliases = _chased(config.aliases() | _head_alias(config.decoder))
+    inner = [rule.prefixed("encoder.", "encoder") for rule in encoder.body(config.encoder, "encoder")]
+    outer = [
+        rule.prefixed(f"decoder.{decoder.nested}", "decoder")
+        for rule in decoder.body(config.decoder, "decoder")
+    ]
+    outer += [rule.prefixed("decoder.", "decoder") for rule in decoder.head(config.decoder)]
+    joint = linear("enc_to_dec_proj", "enc_to_dec_proj") if config.projects else ()
+    return (
+        Part(
+            tuple(inner),
+            trunks={"encoder": config.encoder_trunk},
+            ignored=tuple((f"encoder.{p}", why) for p, why in encoder.ignored),
+            aliases=aliases,
+            optional=(_UNUSED,),
+        ),
+        Part(
+            tuple(outer),
+            trunks={"decoder": config.decoder_trunk},
+            ignored=tuple((f"decoder.{p}", why) for p, why in decoder.ignored),
+            aliases=aliases,
+            optional=(_UNUSED,),
+        ),
+        Part(joint),
+    )
+
+
+def whole_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
+    """Rules of a checkpoint in a family's own sequence-to-sequence layout."""
+    from jax_encdec.convert import TABLES
+
+    table = TABLES[config.decoder.model_type]
+    assert table.whole is not None
+    return (
+        Part(
+            table.whole(config.decoder),
+            trunks={"encoder": config.encoder_trunk, "decoder": config.decoder_trunk},
+            ignored=table.ignored,
+            aliases=_chased(config.aliases() | _head_alias(config.decoder)),
+            optional=(_UNUSED, "decoder/head/bias"),
+        ),
+    )
+
+
+def parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
+    """Rules of a pair's checkpoint in the layout that its configuration names."""
+    return whole_parts(config) if config.whole else composite_parts(config)
+
+
+def standalone_part(
+    config: FamilyConfig,
+    role: Role,
+    names: Iterable[str],
+    *,
+    where: str,
+    layers: tuple[int, ...] | None = None,
+) -> Part:
+    """Rules of a single checkpoint as one side of a pair.
+
+    Args:
+        config: the side's configuration, layers already cut.
+        names: the file's tensors, from which it is seen how it nests the bare model.
+        layers: published layers to take; None: all, in order.
+
+    Raises:
+        CheckpointError: the file holds no model of this family.
+    """
+    from jax_encdec.convert import TABLES
+
+    table = TABLES[config.model_type]
+    names = published_names(names)
+    body = table.body(config, role)
+    probe = [rule.tensor for rule in body if "{}" in rule.tensor and "cross" not in rule.tensor]
+    single = table.standalone(config, role)
+    prefix = next((p for p in single.prefixes if p + probe[0].format(0) in names), None)
+    if prefix is None:
+        looked = " or ".join(repr(p + probe[0].format(0)) for p in single.prefixes)
+        raise CheckpointError(
+            f"{where} holds no {config.model_type} {role}: expected a tensor {looked}; "
+            f"got {len(names)} others such as {next(iter(names), 'none')!r}"
+        )
+    head = table.head(config)
+    rules = [rule.prefixed(prefix, role) for rule in body]
+    rules += [rule.prefixed("", role) for rule in single.rules]
+    ignored = [*table.ignored, *single.ignored]
+    optional = [_UNUSED]
+    aliases: dict[tuple[str, ...], tuple[str, ...]] = {}
+    if role == "decoder":
+        rules += [rule.prefixed("", role) for rule in head]
+        aliases = _head_alias(config)
+        # What a warm start adds: cross-attention always, a head where the checkpoint has none.
+        optional += ["*/cross_attention/*", "decoder/head/*"]
+    else:
+        ignored += [(rule.tensor, NO_HEAD) for rule in head]
+        ignored += [(prefix + p, NO_CROSS) for p in ("*crossattention*", "*ln_cross_attn*")]
+    trunk = config.to_trunk(role)
+    if layers is not None:
+        taken = set(layers)
+        total = 1 + max(int(m) for m in _layer_numbers(names, prefix, probe[0]))
+        for number in range(total):
+            if number not in taken:
+                stem = prefix + probe[0].split("{}")[0]
+                ignored.append((f"{stem}{number}.*", LEFT_OUT))
+    return Part(
+        tuple(rules),
+        trunks={role: trunk},
+        layers=layers,
+        ignored=tuple(ignored),
+        aliases=aliases,
+        optional=tuple(optional),
+    )
+
+
+def _layer_numbers(names: Iterable[str], prefix: str, probe: str) -> list[str]:
+    before, after = (prefix + probe).split("{}")
+    return [
+        name[len(before) : len(name) - len(after)]
+        for name in names
+        if name.startswith(before)
+        and name.endswith(after)
+        and name[len(before) : len(name) - len(after)].isdecimal()
+    ]
+

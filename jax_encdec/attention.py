@@ -1,0 +1,191 @@
+"""Attention: masks, positions, and one attention for every use of it.
+
+Axis letters: B batch, Q query positions, S key positions, N heads, G key/value heads, R queries
+per key/value head (N = G R), H head_dim, D model.
+
+The same function serves training (Q = target length), prompts and decoding: there, the beams of a
+row are its query axis, and keys and values are a pool of slots `[B, G, S, H]` in which a boolean
+mask `[B, Q, S]` picks what each query may see. Keys and values of the encoder can be computed
+once (`keys_values`) and passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_encdec.config import Attention, BucketBias, Learned, Rotary
+from jax_encdec.layers import Param, Params, dense, dense_params, dropout, norm, norm_params
+
+
+class KV(NamedTuple):
+    """Keys and values, `[B, G, S, H]` each."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+# Masks and positions -----------------------------------------------------------------------------
+
+
+def padding_mask(attention_mask: jax.Array) -> jax.Array:
+    """`[B, S]` of 0/1 -> boolean `[B, 1, S]`, for every query alike."""
+    return attention_mask.astype(bool)[:, None, :]
+
+
+def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """`[B, Q]`, `[B, S]` -> boolean `[B, Q, S]`: a query sees its own segment only (packing)."""
+    return query_segments[:, :, None] == key_segments[:, None, :]
+
+
+def positional_mask(
+    query_positions: jax.Array, key_positions: jax.Array, *, causal: bool, window: int | None
+) -> jax.Array | None:
+    """`[B|1, Q]`, `[B|1, S]` -> boolean `[B|1, Q, S]`, or None where nothing is hidden."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = distance >= 0 if causal else None
+    if window is not None:
+        near = jnp.abs(distance) <= window
+        mask = near if mask is None else mask & near
+    return mask
+
+
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """Conjunction of two masks of which either may be absent."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a & b
+
+
+def learned_positions(config: Learned, input_ids: jax.Array | None, length: int) -> jax.Array:
+    """Position ids `[B or 1, length]`, before the table's offset.
+
+    Tables that skip pads (RoBERTa) count the tokens that are not pads and give pads -1.
+    """
+    if config.pad_token_id is None or input_ids is None:
+        return jnp.arange(length, dtype=jnp.int32)[None, :]
+    token = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(token, axis=1) * token - 1
+
+
+def rotate(config: Rotary, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotate `x` `[B, P, heads, H]` by `positions` `[B|1, P]`: halves paired, float32 angles."""
+    half = x.shape[-1] // 2
+    frequency = config.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def bucket_bias_params(config: BucketBias, heads: int, std: float) -> Param:
+    """Declare the table of relative position biases, `[buckets, N]`."""
+    return Param((config.buckets, heads), (None, "heads"), std)
+
+
+def bucket_bias(
+    config: BucketBias, table: jax.Array, query_positions: jax.Array, key_positions: jax.Array
+) -> jax.Array:
+    """Bias `[B|1, N, Q, S]` from `[B|1, Q]` and `[B|1, S]`.
+
+    Half of the (one-sided) buckets are exact distances, the rest grow logarithmically up to
+    `max_distance`: Raffel et al. 2020, section 2.1.
+    """
+    relative = key_positions[:, None, :] - query_positions[:, :, None]
+    buckets, bucket = config.buckets, jnp.zeros_like(relative)
+    if config.bidirectional:
+        buckets //= 2
+        bucket = jnp.where(relative > 0, buckets, 0)
+        distance = jnp.abs(relative)
+    else:
+        distance = jnp.maximum(-relative, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    far = exact + (ratio / math.log(config.max_distance / exact) * (buckets - exact)).astype(int)
+    bucket += jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+    return jnp.moveaxis(table[bucket], -1, 1)
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def attention_params(
+    config: Attention, hidden: int, source_hidden: int, std: float, out_std: float
+) -> dict[str, Any]:
+    """Declare the projections: `query [D, N, H]`, `key`/`value [D, G, H]`, `out [N, H, D]`."""
+    heads = {"heads": config.heads, "head_dim": config.head_dim}
+    groups = {"kv_heads": config.groups, "head_dim": config.head_dim}
+    source = {"embed": source_hidden}
+    params: dict[str, Any] = {
+        "query": dense_params({"embed": hidden}, heads, bias=config.bias, std=std),
+        "key": dense_params(source, groups, bias=config.bias, std=std),
+        "value": dense_params(source, groups, bias=config.bias, std=std),
+        "out": dense_params(heads, {"embed": hidden}, bias=config.out_bias, std=out_std),
+    }
+    if config.qk_norm is not None:
+        params["query_norm"] = norm_params(config.qk_norm, config.head_dim, "head_dim")
+        params["key_norm"] = norm_params(config.qk_norm, config.head_dim, "head_dim")
+    return params
+
+
+def keys_values(
+    config: Attention, params: Params, states: jax.Array, positions: jax.Array | None
+) -> KV:
+    """Project states `[B, S, D]` to keys and values `[B, G, S, H]`."""
+    key, value = dense(params["key"], states), dense(params["value"], states)
+    if config.qk_norm is not None:
+        key = norm(config.qk_norm, params["key_norm"], key)
+    if config.rotary is not None and positions is not None:
+        key = rotate(config.rotary, key, positions)
+    return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+
+
+def attend(
+    config: Attention,
+    params: Params,
+    x: jax.Array,
+    kv: KV,
+    *,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from states `x` `[B, Q, D]` to keys and values.
+
+    Args:
+        mask: boolean, broadcastable to `[B, Q, S]`; False is hidden. A row that hides everything
+            averages all values, so that it stays finite.
+        bias: added to the scores, broadcastable to `[B, N, Q, S]`.
+        positions: `[B|1, Q]`, for rotary embeddings.
+        layer: this layer's number from zero, for `scale_by_layer`.
+
+    Returns:
+        The output `[B, Q, D]` and the attention weights `[B, N, Q, S]` (float32, before dropout).
+    """
+    query = dense(params["query"], x)
+    if config.qk_norm is not None:
+        query = norm(config.qk_norm, params["query_norm"], query)
+    if config.rotary is not None and positions is not None:
+        query = rotate(config.rotary, query, positions)
+    b, q, n, h = query.shape
+    g = config.groups
+    query = query.reshape(b, q, g, n // g, h)
+    scores = jnp.einsum("bqgrh,bgsh->bgrqs", query, kv.key, preferred_element_type=jnp.float32)
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    scores = scores * (scale / (layer + 1) if config.scale_by_layer else scale)
+    if config.softcap is not None:
+        scores = config.softcap * jnp.tanh(scores / config.softcap)
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], g, n // g, *bias.shape[2:])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = dropout(weights, dropout_rate, dropout_key).astype(kv.value.dtype)
+    y = jnp.einsum("bgrqs,bgsh->bqgrh", mixed, kv.value).reshape(b, q, n, h)
+    return dense(params["out"], y, inputs=2), weights.reshape(b, n, q, -1)

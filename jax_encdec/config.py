@@ -1,0 +1,256 @@
+"""The trunk's configuration: one Transformer, composed from a few orthogonal parts.
+
+Every supported architecture is a value of `TransformerConfig`. A `Block` is a tuple of `Sublayer`s,
+and one line of `Sublayer` says pre-, post- and sandwich-norm, self- and cross-attention alike:
+
+    x = after(x + branch(f(before(x))))
+
+Blocks repeat in `Segment`s, whose parameters are stacked `[repeat, ...]` so that one `scan` runs
+them. Everything here is frozen and hashable: a configuration is a static argument of `jax.jit`.
+Families (BERT, GPT-2, ...) translate their published configuration into these parts, one way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jax_encdec.errors import ConfigError
+
+Role = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019)."""
+
+    kind: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-12
+    bias: bool = True
+    one_plus: bool = False
+    """The learned scale is stored as its difference from one (Gemma)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary position embedding on the halves of each head (Su et al. 2021)."""
+
+    theta: float = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketBias:
+    """A learned bias per head and bucketed distance, one table per trunk (Raffel et al. 2020)."""
+
+    buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Multi-head attention; with `kv_heads < heads`, grouped-query attention (Ainslie et al. 2023).
+
+    `source` says where keys and values come from: the trunk's own states or the encoder's.
+    """
+
+    source: Literal["self", "encoder"] = "self"
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    """None: as many as `heads`."""
+    bias: bool = True
+    """Biases on the query, key and value projections."""
+    out_bias: bool = True
+    scale: float | None = None
+    """Factor on the scores; None: `head_dim ** -0.5`."""
+    scale_by_layer: bool = False
+    """Divide the scores by the layer's number, counted from one (GPT-2's option)."""
+    rotary: Rotary | None = None
+    bucket_bias: bool = False
+    """Add the trunk's bucketed relative position bias."""
+    window: int | None = None
+    """The largest distance `|query - key|` attended to; None: no limit."""
+    softcap: float | None = None
+    qk_norm: Norm | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    def __post_init__(self):
+        if self.heads % self.groups:
+            raise ConfigError(
+                f"attention heads must be a multiple of key/value heads; got {self.heads} heads "
+                f"and {self.groups} key/value heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """Two dense layers around an activation; `gated`: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    width: int
+    activation: str
+    gated: bool = False
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """`x = after(x + branch(f(before(x))))`, each norm optional."""
+
+    f: Attention | FeedForward
+    before: Norm | None = None
+    branch: Norm | None = None
+    after: Norm | None = None
+
+    @property
+    def name(self) -> str:
+        """The sublayer's place in the parameter tree."""
+        if isinstance(self.f, FeedForward):
+            return "mlp"
+        return "self_attention" if self.f.source == "self" else "cross_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Sublayers in order."""
+
+    sublayers: tuple[Sublayer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A period of blocks, run `repeat` times with parameters of its own or shared (ALBERT)."""
+
+    blocks: tuple[Block, ...]
+    repeat: int
+    share: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A learned position table of `length` rows; position p reads row `p + offset`.
+
+    With `pad_token_id` set, pads do not advance the position and read row `offset - 1` (RoBERTa).
+    """
+
+    length: int
+    offset: int = 0
+    pad_token_id: int | None = None
+
+    @property
+    def usable(self) -> int:
+        """The longest sequence that the table can hold, in tokens."""
+        return self.length - self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """Token (+ position + type) embeddings, summed, normalised and, if `project`, widened."""
+
+    vocab: int
+    width: int
+    scale: float = 1.0
+    types: int = 0
+    position: Learned | None = None
+    norm: Norm | None = None
+    project: bool = False
+    """A dense layer from `width` to the trunk's hidden size (ELECTRA, ALBERT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The language model head: optional transform, then logits over the vocabulary."""
+
+    transform: Norm | None = None
+    """Dense, activation and this norm before the logits (BERT)."""
+    activation: str = "gelu"
+    bias: Literal["none", "trained", "fixed"] = "none"
+    """`fixed`: carried by the checkpoint and added, never trained (BART's final_logits_bias)."""
+    tied: bool = True
+    """The logits' kernel is the token embedding."""
+    scale: float = 1.0
+    """Factor on the states before the logits (T5 ties with `hidden ** -0.5`)."""
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Rates, each in [0, 1): of the embeddings, of each residual branch, of attention weights, of
+    the feed-forward activation."""
+
+    embedding: float = 0.0
+    residual: float = 0.0
+    attention: float = 0.0
+    activation: float = 0.0
+
+    def __post_init__(self):
+        for name in ("embedding", "residual", "attention", "activation"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(
+                    f"{name} dropout must be at least 0 and below 1; got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A published tensor that the forward pass never reads, carried so that saving loses nothing."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """One encoder or decoder trunk."""
+
+    hidden: int
+    embedding: Embedding
+    segments: tuple[Segment, ...]
+    causal: bool = False
+    encoder_hidden: int | None = None
+    """Width of the encoder states that cross-attention reads; None: `hidden`."""
+    bucket_bias: BucketBias | None = None
+    final_norm: Norm | None = None
+    head: Head | None = None
+    kept: tuple[Kept, ...] = ()
+    dropout: Dropout = Dropout()
+    init_std: float = 0.02
+    residual_init_std: float | None = None
+    """Standard deviation for the projections that end a residual branch; None: `init_std`."""
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks, all segments counted."""
+        return sum(len(segment.blocks) * segment.repeat for segment in self.segments)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence in tokens; None where positions are relative."""
+        position = self.embedding.position
+        return None if position is None else position.usable
+
+    def attentions(self) -> tuple[Attention, ...]:
+        """Every attention of one pass over the segments' blocks, in order."""
+        return tuple(
+            sublayer.f
+            for segment in self.segments
+            for block in segment.blocks
+            for sublayer in block.sublayers
+            if isinstance(sublayer.f, Attention)
+        )
+
+    def __post_init__(self):
+        heads = {a.heads for a in self.attentions() if a.bucket_bias}
+        if heads and self.bucket_bias is None:
+            raise ConfigError("an attention asks for bucket_bias, but the trunk defines none")
+        if len(heads) > 1:
+            raise ConfigError(f"attentions that share one bucket_bias differ in heads: {heads}")
+        if self.embedding.width != self.hidden and not self.embedding.project:
+            raise ConfigError(
+                f"embeddings of width {self.embedding.width} need project=True to enter a trunk "
+                f"of hidden size {self.hidden}"
+            )

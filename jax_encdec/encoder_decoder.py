@@ -1,0 +1,455 @@
+"""The pair: two trunks, one projection, the loss.
+
+`EncoderDecoderModel` is a flax.linen module: static and hashable, with `params` a plain nested
+dict. It declares its parameters from the configuration and computes with pure functions, so that
+`model.apply({"params": params}, ...)` can be jitted, differentiated, vmapped and sharded freely.
+
+Axis letters: B batch, S source length, T target length, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jax_encdec import layers
+from jax_encdec.config import TransformerConfig
+from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.errors import ConfigError, InputError
+from jax_encdec.layers import Params, dense, dense_params
+from jax_encdec.transformer import logits, transformer, transformer_params
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jax_encdec.decoding.engine import GenerationOutput
+
+IGNORE = -100
+"""Label of positions that carry no loss."""
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """The encoder's states."""
+
+    last_hidden_state: jax.Array
+    """`[B, S, D_encoder]`."""
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class Seq2SeqLMOutput:
+    """Result of a forward pass; what was not asked for is None."""
+
+    logits: jax.Array
+    """`[B, T, V]`, float32."""
+    loss: jax.Array | None = None
+    """Mean cross-entropy over the labels that count, in nats: `loss_sum / loss_weight`."""
+    loss_sum: jax.Array | None = None
+    loss_weight: jax.Array | None = None
+    """Number of labels that count."""
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: jax.Array | None = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
+
+
+# Parameters --------------------------------------------------------------------------------------
+
+
+def model_params(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """Declare every parameter of a pair; tied leaves once, on the encoder's side."""
+    encoder, decoder = config.encoder_trunk, config.decoder_trunk
+    declared = {"encoder": transformer_params(encoder), "decoder": transformer_params(decoder)}
+    if config.projects:
+        declared["enc_to_dec_proj"] = dense_params(
+            {"embed_in": encoder.hidden}, {"embed": decoder.hidden}, bias=True, std=decoder.init_std
+        )
+    flat = flatten_dict(declared)
+    for alias in config.aliases():
+        del flat[alias]
+    return unflatten_dict(flat)
+
+
+def with_aliases(config: EncoderDecoderConfig, params: Params) -> Params:
+    """Show tied leaves under their second name, so that each trunk finds a complete tree."""
+    aliases = config.aliases()
+    if not aliases:
+        return params
+    flat = flatten_dict(params)
+    return unflatten_dict(flat | {alias: flat[leaf] for alias, leaf in aliases.items()})
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _init_params(config: EncoderDecoderConfig, key: jax.Array, dtype: Any) -> Any:
+    return layers.initialize(model_params(config), key, dtype)
+
+
+# Loss --------------------------------------------------------------------------------------------
+
+
+def shift_right(labels: jax.Array, start: int, pad: int) -> jax.Array:
+    """Labels `[B, T]` -> decoder inputs `[B, T]`: `start`, then all labels but the last."""
+    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    return jnp.where(shifted == IGNORE, pad, shifted)
+
+
+def cross_entropy(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits `[B, T, V]`, labels `[B, T]` -> summed loss in nats and number of labels counted."""
+    counted = labels != IGNORE
+    safe = jnp.where(counted, labels, 0)
+    picked = jnp.take_along_axis(scores, safe[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(scores, axis=-1) - picked
+    return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted.astype(jnp.float32))
+
+
+# The model ---------------------------------------------------------------------------------------
+
+
+class EncoderDecoderModel(nn.Module):
+    """An encoder and a decoder with cross-attention, of any two families.
+
+    Attributes:
+        config: what the model is.
+        generation_config: this model's defaults for `generate`.
+        dtype: of the computation; norms' statistics, softmax, logits and loss are float32.
+        param_dtype: of the parameters that `init_params` makes.
+    """
+
+    config: EncoderDecoderConfig
+    generation_config: GenerationConfig = GenerationConfig()
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        """Declare the parameters, each part one entry of the `params` collection."""
+
+        def boxed(tree: Any, key: jax.Array) -> Any:
+            values = layers.initialize(tree, key, self.param_dtype)
+            return layers.tree_map(
+                lambda p, value: nn.LogicallyPartitioned(value, p.axes), tree, values
+            )
+
+        declared = model_params(self.config)
+        self._params = {
+            part: self.param(part, lambda key, tree=tree: boxed(tree, key))
+            for part, tree in declared.items()
+        }
+
+    # The forward pass ---------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        encoder_outputs: EncoderOutput | jax.Array | None = None,
+        labels: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        decoder_inputs_embeds: jax.Array | None = None,
+        decoder_position_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+    ) -> Seq2SeqLMOutput:
+        """Encode a source, decode a target, compare with labels.
+
+        Args:
+            input_ids: source tokens `[B, S]`; or `inputs_embeds` `[B, S, D]`; or neither, with
+                `encoder_outputs` of an earlier `encode`.
+            attention_mask: `[B, S]` of 0/1, 0 for pads.
+            decoder_input_ids: target tokens `[B, T]`, shifted already; by default made from
+                `labels`: the start token, then all labels but the last.
+            decoder_attention_mask: `[B, T]` of 0/1. When inputs are made from labels, the pads
+                among them are hidden, but never the first position.
+            labels: `[B, T]`, -100 where nothing is to be predicted.
+            token_type_ids, position_ids: `[B, S]`, for the encoder.
+            segment_ids, decoder_segment_ids: `[B, S]`, `[B, T]`: several pairs in one row; a
+                token sees its own segment only, in all three attentions.
+            deterministic: False switches dropout on, and needs `rngs={"dropout": key}`.
+
+        Raises:
+            InputError: inputs missing, contradictory, too long, or outside the vocabulary.
+        """
+        decoder_mask = decoder_attention_mask
+        if labels is not None:
+            _check_ids("labels", labels, self.config.decoder.vocab_size, also=IGNORE)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                start, pad = self.token_id("decoder_start_token_id"), self.token_id("pad_token_id")
+                decoder_input_ids = shift_right(labels, start, pad)
+                if decoder_mask is None:
+                    decoder_mask = (decoder_input_ids != pad).at[:, 0].set(True)
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(
+                input_ids,
+                attention_mask,
+                inputs_embeds=inputs_embeds,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                segment_ids=segment_ids,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                deterministic=deterministic,
+            )
+        elif not isinstance(encoder_outputs, EncoderOutput):
+            encoder_outputs = EncoderOutput(encoder_outputs)
+        out = self.decode(
+            decoder_input_ids,
+            encoder_outputs,
+            attention_mask,
+            decoder_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_position_ids=decoder_position_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_segment_ids=segment_ids,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            deterministic=deterministic,
+        )
+        if labels is None:
+            return out
+        total, weight = cross_entropy(out.logits, labels)
+        return out.replace(loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight)
+
+    def encode(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+    ) -> EncoderOutput:
+        """Run the encoder alone; arguments as in `__call__`. States are `[B, S, D_encoder]`."""
+        trunk = self.config.encoder_trunk
+        _check_inputs("input_ids", input_ids, inputs_embeds, trunk)
+        _check_types(token_type_ids, trunk)
+        out = transformer(
+            trunk,
+            self._tree()["encoder"],
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            token_type_ids=token_type_ids,
+            position_ids=_position_ids(position_ids, trunk),
+            dtype=self.dtype,
+            dropout_key=None if deterministic else self.make_rng("dropout"),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        return EncoderOutput(out.last_hidden_state, out.hidden_states, out.attentions)
+
+    def decode(
+        self,
+        decoder_input_ids: jax.Array | None,
+        encoder_outputs: EncoderOutput | jax.Array,
+        encoder_attention_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        *,
+        decoder_inputs_embeds: jax.Array | None = None,
+        decoder_position_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        encoder_segment_ids: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+    ) -> Seq2SeqLMOutput:
+        """Run the decoder on encoder states `[B, S, D_encoder]`; arguments as in `__call__`."""
+        if not isinstance(encoder_outputs, EncoderOutput):
+            encoder_outputs = EncoderOutput(encoder_outputs)
+        trunk, params = self.config.decoder_trunk, self._tree()
+        _check_inputs("decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk)
+        out = transformer(
+            trunk,
+            params["decoder"],
+            decoder_input_ids,
+            inputs_embeds=decoder_inputs_embeds,
+            attention_mask=decoder_attention_mask,
+            segment_ids=decoder_segment_ids,
+            position_ids=_position_ids(decoder_position_ids, trunk),
+            encoder_states=project(params, encoder_outputs.last_hidden_state.astype(self.dtype)),
+            encoder_mask=encoder_attention_mask,
+            encoder_segment_ids=encoder_segment_ids,
+            dtype=self.dtype,
+            dropout_key=None if deterministic else self.make_rng("dropout"),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        return Seq2SeqLMOutput(
+            logits=logits(trunk, params["decoder"], out.last_hidden_state),
+            decoder_hidden_states=out.hidden_states,
+            decoder_attentions=out.attentions,
+            cross_attentions=out.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def _tree(self) -> Params:
+        return with_aliases(self.config, self._params)
+
+    # Around the forward pass: plain functions of the model and params ----------------------------
+
+    @nn.nowrap
+    def init_params(self, key: jax.Array) -> dict[str, Any]:
+        """Random parameters, as the published implementations initialise: a plain nested dict."""
+        return _init_params(self.config, key, self.param_dtype)
+
+    @nn.nowrap
+    def param_shapes(self) -> dict[str, Any]:
+        """Shapes and dtypes of the parameters, without any memory for them."""
+        return layers.abstract(model_params(self.config), self.param_dtype)
+
+    @nn.nowrap
+    def param_axes(self) -> dict[str, Any]:
+        """The logical name of each axis of each parameter, for sharding rules."""
+        return layers.logical_axes(model_params(self.config))
+
+    @nn.nowrap
+    def token_id(self, name: str) -> int:
+        """Resolve `decoder_start_token_id`, `pad_token_id` or the first `eos_token_id`.
+
+        Looked up in the generation config, then in the pair's, then in the decoder's; a missing
+        start token falls back to the beginning-of-sequence token, a missing pad to the end token.
+
+        Raises:
+            ConfigError: nothing defines it.
+        """
+        return resolve_ids(name, self.generation_config, self.config)[0]
+
+    @nn.nowrap
+    def generate(self, params: Params, input_ids: Any, **options: Any) -> GenerationOutput:
+        """Generate target sequences; see `jax_encdec.decoding.engine.generate`."""
+        from jax_encdec.decoding.engine import generate
+
+        return generate(self, params, input_ids, **options)
+
+    @nn.nowrap
+    def save_pretrained(self, folder: str | Path, params: Params, **options: Any) -> None:
+        """Save what PyTorch opens as its own; see `jax_encdec.pretrained.save_pretrained`."""
+        from jax_encdec.pretrained import save_pretrained
+
+        save_pretrained(folder, self, params, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> tuple[EncoderDecoderModel, Any]:
+        """Load a published pair; see `jax_encdec.pretrained.from_pretrained`."""
+        from jax_encdec.pretrained import from_pretrained
+
+        return from_pretrained(path, **options)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls, encoder: Any = None, decoder: Any = None, **options: Any
+    ) -> tuple[EncoderDecoderModel, Any]:
+        """Join two checkpoints; see `jax_encdec.pretrained.from_encoder_decoder_pretrained`."""
+        from jax_encdec.pretrained import from_encoder_decoder_pretrained
+
+        return from_encoder_decoder_pretrained(encoder, decoder, **options)
+
+
+def project(params: Params, states: jax.Array) -> jax.Array:
+    """Take encoder states `[B, S, D_encoder]` to the decoder's width, where it differs."""
+    return dense(params["enc_to_dec_proj"], states) if "enc_to_dec_proj" in params else states
+
+
+# Ids and checks ----------------------------------------------------------------------------------
+
+_FALLBACK = {"decoder_start_token_id": "bos_token_id", "pad_token_id": "eos_token_id"}
+
+
+def resolve_ids(
+    name: str, generation_config: GenerationConfig, config: EncoderDecoderConfig
+) -> tuple[int, ...]:
+    """Every id that `name` stands for: generation config, pair, decoder, then the fallback."""
+    for key in (name, _FALLBACK.get(name)):
+        if key is None:
+            continue
+        for source in (generation_config, config, config.decoder):
+            value = getattr(source, key, None)
+            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            # A family's default id means nothing in a vocabulary that does not hold it.
+            if ids and all(0 <= i < config.decoder.vocab_size for i in ids):
+                return ids
+    raise ConfigError(
+        f"{name} is not defined by the generation config, the config or the decoder's config; "
+        f"set it: EncoderDecoderConfig(..., {name}=...), or pass {name}=... to generate"
+    )
+
+
+def _concrete(x: Any) -> bool:
+    return x is not None and not isinstance(x, jax.core.Tracer)
+
+
+def _check_ids(name: str, ids: Any, size: int, also: int | None = None) -> None:
+    """Refuse ids outside the vocabulary. Under a trace values are unknown; an id outside then
+    turns its row into NaN, not into somebody else's embedding."""
+    if not _concrete(ids):
+        return
+    values = np.asarray(ids)
+    if values.dtype.kind not in "iu":
+        raise InputError(f"{name} must be integers; got {values.dtype}")
+    bad = (values < 0) | (values >= size)
+    if also is not None:
+        bad &= values != also
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise InputError(
+            f"{name}{list(where)} is {values[where]}, outside the vocabulary 0..{size - 1}"
+        )
+
+
+def _check_inputs(name: str, ids: Any, embeds: Any, trunk: TransformerConfig) -> None:
+    if (ids is None) == (embeds is None):
+        given = "neither" if ids is None else "both"
+        embeds_name = name.replace("input_ids", "inputs_embeds")
+        raise InputError(f"give exactly one of {name} and {embeds_name}; got {given}")
+    if ids is not None:
+        if jnp.ndim(ids) != 2:
+            raise InputError(f"{name} must have shape [batch, length]; got {jnp.shape(ids)}")
+        _check_ids(name, ids, trunk.embedding.vocab)
+    length = jnp.shape(embeds if ids is None else ids)[1]
+    if trunk.max_length is not None and length > trunk.max_length:
+        raise InputError(
+            f"{name} is {length} tokens long, but the model has positions for {trunk.max_length}; "
+            f"truncate it"
+        )
+
+
+def _check_types(types: Any, trunk: TransformerConfig) -> None:
+    if types is None:
+        return
+    if not trunk.embedding.types:
+        raise InputError("this encoder has no token types; leave token_type_ids out")
+    _check_ids("token_type_ids", types, trunk.embedding.types)
+
+
+def _position_ids(ids: jax.Array | None, trunk: TransformerConfig) -> jax.Array | None:
+    # Published models that skip pads number the table's rows themselves; the trunk counts from 0.
+    position = trunk.embedding.position
+    if ids is None or position is None or position.pad_token_id is None:
+        return ids
+    return ids - position.offset

@@ -1,0 +1,173 @@
+"""What every family's configuration shares: reading, writing and checking a published config.json.
+
+A family is a frozen dataclass whose fields are the published keys with the published defaults. It
+is the source of truth and the only thing ever serialised; `to_trunk(role)` translates it, one way,
+into the trunk's parts. Keys that we do not know are kept in `extra` and written back.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Self
+
+from jax_encdec.config import Role, TransformerConfig
+from jax_encdec.errors import ConfigError, nearest
+
+# Written by `to_dict` from what the model is, so never taken from a file.
+ROLE_KEYS = ("model_type", "is_decoder", "add_cross_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig:
+    """Base of the families' published configurations."""
+
+    model_type: ClassVar[str]
+    """The family's published name."""
+    whole_architecture: ClassVar[str | None] = None
+    """The published class that holds an encoder and a decoder of this family, if there is one."""
+
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Keys of config.json that have no meaning here; written back by `to_dict`."""
+
+    # Every family has these four, under these names.
+    vocab_size: int
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def to_trunk(self, role: Role) -> TransformerConfig:
+        """Translate into the trunk's configuration, as an encoder or as a decoder with a
+        language model head and cross-attention."""
+        raise AssertionError(f"{type(self).__name__} defines no to_trunk")  # pragma: no cover
+
+    def whole_trunk(self, role: Role) -> TransformerConfig:
+        """Like `to_trunk`, for a half of the family's whole model."""
+        raise AssertionError(f"{type(self).__name__} has no whole model")  # pragma: no cover
+
+    @property
+    def width(self) -> int:
+        """Hidden size, whatever the family calls it."""
+        return self.to_trunk("encoder").hidden
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the decoder's logits share the token embedding."""
+        return bool(getattr(self, "tie_word_embeddings", True))
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with fields changed; an unknown name is refused."""
+        known = _types(type(self))
+        for name in changes:
+            if name not in known:
+                raise ConfigError(
+                    f"{type(self).__name__} has no field {name!r}{nearest(name, known)}"
+                )
+        return replace(self, **changes)
+
+    def with_layers(self, role: Role, layers: int) -> Self:
+        """Return a copy with another number of layers in the given role."""
+        name = self.layers_field(role)
+        have = getattr(self, name)
+        if not 1 <= layers <= have:
+            raise ConfigError(f"{name} can be cut to 1..{have} layers; got {layers}")
+        return replace(self, **{name: layers})
+
+    def layers_field(self, role: Role) -> str:
+        """Name of the field that holds the number of layers."""
+        return "num_hidden_layers"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> Self:
+        """Read a published configuration.
+
+        Args:
+            data: the parsed config.json (or the part of it that describes this model).
+            where: how to call it in error messages.
+
+        Raises:
+            ConfigError: a value has the wrong type or an impossible value.
+        """
+        known, values, extra = _types(cls), {}, {}
+        for key, value in data.items():
+            if key in ROLE_KEYS:
+                continue
+            if key in known and key != "extra":
+                values[key] = _checked(f"{where}: {key}", value, known[key])
+            else:
+                extra[key] = value
+        kind = data.get("position_embedding_type", "absolute")
+        if kind != "absolute":
+            raise ConfigError(
+                f"{where}: position_embedding_type {kind!r} is not supported; expected 'absolute'"
+            )
+        try:
+            return cls(**values, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    def to_dict(self, role: Role | None = None) -> dict[str, Any]:
+        """The published configuration as plain JSON values; `role` adds the decoder's flags."""
+        data: dict[str, Any] = {
+            f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "extra"
+        }
+        data.update(self.extra)
+        data["model_type"] = self.model_type
+        if role is not None:
+            data["is_decoder"] = data["add_cross_attention"] = role == "decoder"
+        return dict(sorted(data.items()))
+
+    def require(self, **positive: int | float) -> None:
+        """Check that the named values are positive."""
+        for name, value in positive.items():
+            if value <= 0:
+                raise ConfigError(f"{name} must be positive; got {value}")
+
+    def require_heads(self, size_name: str, size: int, heads_name: str, heads: int) -> None:
+        """Check that heads divide the hidden size."""
+        self.require(**{size_name: size, heads_name: heads})
+        if size % heads:
+            raise ConfigError(
+                f"{size_name} must be a multiple of {heads_name}; got {size} and {heads}"
+            )
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked(where: str, value: Any, annotation: Any) -> Any:
+    """Check a JSON value against a field's annotation; integers pass as floats, lists as tuples."""
+    options = (
+        typing.get_args(annotation)
+        if isinstance(annotation, types.UnionType)
+        else (annotation,)
+    )
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{where} must be finite; got {value}")
+            return float(value)
+        if option is str and isinstance(value, str):
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            item = typing.get_args(option)[0]
+            return tuple(_checked(where, v, item) for v in value)
+    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{where} must be {expected}; got {value!r}".replace("NoneType", "null"))

@@ -1,0 +1,158 @@
+"""Parameters and the arithmetic on them: one declaration gives shape, initialiser and logical axes.
+
+A layer is two functions side by side: `dense_params(...)` declares a nested dict of `Param`s,
+`dense(params, x)` computes with arrays laid out the same way. From a tree of declarations follow
+the initial values (`initialize`), the shapes without memory (`abstract`) and the logical axes
+that sharding rules read (`logical_axes`). Stacking a layer `[repeat, ...]` is `stack(tree, n)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_encdec.config import Norm
+from jax_encdec.errors import ConfigError
+
+Params = Mapping[str, Any]
+"""A nested dict of arrays."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: its shape, the logical name of each axis, its initial distribution."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: float | str = "zeros"
+    """A standard deviation (normal around 0), "zeros" or "ones"."""
+
+    def value(self, key: jax.Array, dtype: Any) -> jax.Array:
+        """Draw the initial value, in `dtype`."""
+        if isinstance(self.init, str):
+            return {"zeros": jnp.zeros, "ones": jnp.ones}[self.init](self.shape, dtype)
+        return (self.init * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
+
+
+def _is_param(x: Any) -> bool:
+    return isinstance(x, Param)
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Map `f` over the `Param`s of a declaration tree."""
+    return jax.tree.map(f, tree, *rest, is_leaf=_is_param)
+
+
+def stack(tree: Any, repeat: int) -> Any:
+    """Declare `repeat` copies of a layer in one tree of leaves `[repeat, ...]`."""
+    return tree_map(
+        lambda p: replace(p, shape=(repeat, *p.shape), axes=("layers", *p.axes)),
+        tree,
+    )
+
+
+def initialize(tree: Any, key: jax.Array, dtype: Any) -> Any:
+    """Initial values of a declaration tree; each leaf's key is folded from its position."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_param)
+    values = [p.value(jax.random.fold_in(key, i), dtype) for i, p in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, values)
+
+
+def abstract(tree: Any, dtype: Any) -> Any:
+    """The declaration tree as `jax.ShapeDtypeStruct`s."""
+    return tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree)
+
+
+def logical_axes(tree: Any) -> Any:
+    """The declaration tree as tuples of logical axis names."""
+    return tree_map(lambda p: p.axes, tree)
+
+
+# Activations, by their published names -----------------------------------------------------------
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "mish": jax.nn.mish,
+    "linear": lambda x: x,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Look an activation up by its published name."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+
+def dense_params(
+    inputs: Mapping[str, int], outputs: Mapping[str, int], *, bias: bool, std: float
+) -> dict[str, Param]:
+    """Declare a dense layer from the named input axes to the named output axes."""
+    shape = {"kernel": Param((*inputs.values(), *outputs.values()), (*inputs, *outputs), std)}
+    if bias:
+        shape["bias"] = Param(tuple(outputs.values()), tuple(outputs))
+    return shape
+
+
+def dense(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
+    """Contract the last `inputs` axes of `x` with the kernel's first; in x's dtype."""
+    kernel = params["kernel"].astype(x.dtype)
+    y = jax.lax.dot_general(
+        x,
+        kernel,
+        ((tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))), ((), ())),
+    )
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def norm_params(config: Norm, size: int, axis: str | None = "embed") -> dict[str, Param]:
+    """Declare a norm over the last axis."""
+    params = {"scale": Param((size,), (axis,), "zeros" if config.one_plus else "ones")}
+    if config.bias and config.kind == "layer":
+        params["bias"] = Param((size,), (axis,))
+    return params
+
+
+def norm(config: Norm, params: Params, x: jax.Array) -> jax.Array:
+    """Normalise the last axis; statistics in float32, the result in x's dtype."""
+    y = x.astype(jnp.float32)
+    if config.kind == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.eps)
+    scale = params["scale"].astype(jnp.float32)
+    y = y * (1.0 + scale if config.one_plus else scale)
+    if "bias" in params:
+        y = y + params["bias"].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero a fraction `rate` of `x` and rescale the rest; without a key, return `x`."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def count(tree: Any) -> int:
+    """Number of parameters in a tree of arrays or declarations."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=_is_param))

@@ -1,0 +1,544 @@
+"""The trunk: embeddings, blocks scanned over layers, final norm, language model head.
+
+`transformer_params(config)` declares the parameters, `transformer(config, params, ...)` computes
+with them; both read nothing but the configuration. Axis letters as in `attention.py`.
+
+Layers come either stacked, as declared (`[repeat, ...]`, one `lax.scan` per segment: compile time
+does not grow with depth), or unstacked by `unstack` into a tuple per segment, which runs as
+straight-line code: the layout for decoding, where each layer owns a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_encdec import attention as attn
+from jax_encdec.attention import KV
+from jax_encdec.config import (
+    Attention,
+    Block,
+    Embedding,
+    FeedForward,
+    Head,
+    Segment,
+    Sublayer,
+    TransformerConfig,
+)
+from jax_encdec.layers import (
+    Param,
+    Params,
+    activation,
+    dense,
+    dense_params,
+    dropout,
+    norm,
+    norm_params,
+    stack,
+)
+
+LayerCache = Mapping[str, KV]
+"""Keys and values of one layer, by sublayer name."""
+
+
+class Trace(NamedTuple):
+    """What one layer lets out for inspection; fields not asked for are None."""
+
+    state: jax.Array | None
+    self_attention: jax.Array | None
+    cross_attention: jax.Array | None
+
+
+class TransformerOutput(NamedTuple):
+    """Result of the trunk."""
+
+    last_hidden_state: jax.Array
+    """`[B, Q, D]`, after the final norm."""
+    hidden_states: tuple[jax.Array, ...] | None
+    """The embeddings, then each layer's output, the last one after the final norm."""
+    attentions: tuple[jax.Array, ...] | None
+    """Self-attention weights, `[B, N, Q, S]` per layer."""
+    cross_attentions: tuple[jax.Array, ...] | None
+    caches: tuple[LayerCache, ...] | None
+    """The caches passed in, with this call's keys and values written."""
+
+
+# Declarations ------------------------------------------------------------------------------------
+
+
+def transformer_params(config: TransformerConfig) -> dict[str, Any]:
+    """Declare every parameter of a trunk, as a nested dict of `Param`."""
+    params: dict[str, Any] = {"embedding": _embedding_params(config, config.embedding)}
+    if config.bucket_bias is not None:
+        heads = next(a.heads for a in config.attentions() if a.bucket_bias)
+        params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, config.init_std)
+    for i, segment in enumerate(config.segments):
+        period = {f"block_{j}": _block_params(config, b) for j, b in enumerate(segment.blocks)}
+        params[f"segment_{i}"] = period if segment.share else stack(period, segment.repeat)
+    if config.final_norm is not None:
+        params["final_norm"] = norm_params(config.final_norm, config.hidden)
+    if config.head is not None:
+        head = _head_params(config, config.head)
+        if head:
+            params["head"] = head
+    if config.kept:
+        params["kept"] = {
+            kept.name: Param(
+                kept.shape,
+                (None,) * len(kept.shape),
+                config.init_std if len(kept.shape) > 1 else "zeros",
+            )
+            for kept in config.kept
+        }
+    return params
+
+
+def _embedding_params(config: TransformerConfig, embedding: Embedding) -> dict[str, Any]:
+    std, width = config.init_std, embedding.width
+    params: dict[str, Any] = {"token": Param((embedding.vocab, width), ("vocab", "embed"), std)}
+    if embedding.position is not None:
+        params["position"] = Param((embedding.position.length, width), (None, "embed"), std)
+    if embedding.types:
+        params["type"] = Param((embedding.types, width), (None, "embed"), std)
+    if embedding.norm is not None:
+        params["norm"] = norm_params(embedding.norm, width)
+    if embedding.project:
+        inputs, outputs = {"embed_in": width}, {"embed": config.hidden}
+        params["project"] = dense_params(inputs, outputs, bias=True, std=std)
+    return params
+
+
+def _block_params(config: TransformerConfig, block: Block) -> dict[str, Any]:
+    return {sub.name: _sublayer_params(config, sub) for sub in block.sublayers}
+
+
+def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]:
+    std = config.init_std
+    out_std = std if config.residual_init_std is None else config.residual_init_std
+    if isinstance(sub.f, Attention):
+        source = config.encoder_hidden if sub.f.source == "encoder" else None
+        params = attn.attention_params(sub.f, config.hidden, source or config.hidden, std, out_std)
+    else:
+        embed, mlp, bias = {"embed": config.hidden}, {"mlp": sub.f.width}, sub.f.bias
+        params = {
+            "up": dense_params(embed, mlp, bias=bias, std=std),
+            "down": dense_params(mlp, embed, bias=bias, std=out_std),
+        }
+        if sub.f.gated:
+            params["gate"] = dense_params(embed, mlp, bias=bias, std=std)
+    for place in ("before", "branch", "after"):
+        if (rule := getattr(sub, place)) is not None:
+            params[f"norm_{place}"] = norm_params(rule, config.hidden)
+    return params
+
+
+def _head_params(config: TransformerConfig, head: Head) -> dict[str, Any]:
+    width = config.embedding.width
+    params: dict[str, Any] = {}
+    if head.transform is not None:
+        inputs, outputs = {"embed": config.hidden}, {"embed_out": width}
+        params["transform"] = dense_params(inputs, outputs, bias=True, std=config.init_std)
+        params["norm"] = norm_params(head.transform, width)
+    if not head.tied:
+        # Laid out like the embedding that it replaces, so that tying is mere sharing.
+        shape = (config.embedding.vocab, width)
+        params["kernel"] = Param(shape, ("vocab", "embed"), config.init_std)
+    if head.bias != "none":
+        params["bias"] = Param((config.embedding.vocab,), ("vocab",))
+    return params
+
+
+def unstack(config: TransformerConfig, params: Params) -> dict[str, Any]:
+    """Turn each segment's stacked leaves into a tuple of per-repeat trees."""
+    out = dict(params)
+    for i, segment in enumerate(config.segments):
+        period = params[f"segment_{i}"]
+        out[f"segment_{i}"] = tuple(_repeat(segment, period, r) for r in range(segment.repeat))
+    return out
+
+
+def _repeat(segment: Segment, period: Any, index: int) -> Any:
+    return period if segment.share else jax.tree.map(lambda leaf: leaf[index], period)
+
+
+# Computation -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What every layer sees and none changes."""
+
+    config: TransformerConfig
+    positions: jax.Array
+    key_positions: jax.Array
+    mask: jax.Array | None
+    encoder_states: jax.Array | None
+    encoder_mask: jax.Array | None
+    bias: jax.Array | None
+    dropout_key: jax.Array | None
+    cache_slot: jax.Array | None
+    hidden_states: bool
+    attentions: bool
+
+    def key(self, *path: jax.Array | int) -> jax.Array | None:
+        key = self.dropout_key
+        for part in path:
+            key = None if key is None else jax.random.fold_in(key, part)
+        return key
+
+
+def embed(
+    config: TransformerConfig,
+    params: Params,
+    input_ids: jax.Array | None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    token_type_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Embed tokens `[B, Q]` (or embeddings `[B, Q, width]`) as states `[B, Q, D]` in `dtype`."""
+    embedding, p = config.embedding, params["embedding"]
+    x = _rows(p["token"], input_ids) if inputs_embeds is None else inputs_embeds
+    x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
+    if embedding.types:
+        types = jnp.zeros(x.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
+        x = x + _rows(p["type"], types).astype(dtype)
+    if embedding.position is not None:
+        if positions is None:
+            positions = attn.learned_positions(embedding.position, input_ids, x.shape[1])
+        rows = positions + embedding.position.offset
+        x = x + _rows(p["position"], rows).astype(dtype)
+    if embedding.norm is not None:
+        x = norm(embedding.norm, p["norm"], x)
+    x = dropout(x, config.dropout.embedding, dropout_key)
+    return dense(p["project"], x) if embedding.project else x
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    # An id outside the table is NaN, never another row: JAX's default would clamp it.
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def transformer(
+    config: TransformerConfig,
+    params: Params,
+    input_ids: jax.Array | None = None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    token_type_ids: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
+    encoder_states: jax.Array | None = None,
+    encoder_mask: jax.Array | None = None,
+    encoder_segment_ids: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    dropout_key: jax.Array | None = None,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+) -> TransformerOutput:
+    """Run whole sequences through the trunk.
+
+    Args:
+        input_ids: tokens `[B, Q]`, or None with `inputs_embeds` `[B, Q, width]`.
+        attention_mask: `[B, Q]` of 0/1, 0 for pads.
+        segment_ids: `[B, Q]`; tokens see only their own segment (several texts in one row).
+        position_ids: `[B|1, Q]`, counted from zero; by default in order.
+        encoder_states: `[B, S, D_encoder]`, for cross-attention; `encoder_mask` `[B, S]`.
+        dropout_key: None switches dropout off.
+    """
+    ids = input_ids if inputs_embeds is None else inputs_embeds
+    assert ids is not None
+    order = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    mask = None if attention_mask is None else attn.padding_mask(attention_mask)
+    cross = None if encoder_mask is None else attn.padding_mask(encoder_mask)
+    if segment_ids is not None:
+        mask = attn.both(mask, attn.segment_mask(segment_ids, segment_ids))
+        if encoder_segment_ids is not None:
+            cross = attn.both(cross, attn.segment_mask(segment_ids, encoder_segment_ids))
+    call = _Call(
+        config=config,
+        positions=order if position_ids is None else position_ids,
+        key_positions=order if position_ids is None else position_ids,
+        # Windows differ between attentions and are applied there.
+        mask=attn.both(mask, attn.positional_mask(order, order, causal=config.causal, window=None)),
+        encoder_states=encoder_states,
+        encoder_mask=cross,
+        bias=_bias(config, params, order, order),
+        dropout_key=dropout_key,
+        cache_slot=None,
+        hidden_states=output_hidden_states,
+        attentions=output_attentions,
+    )
+    x = embed(
+        config,
+        params,
+        input_ids,
+        inputs_embeds=inputs_embeds,
+        token_type_ids=token_type_ids,
+        positions=position_ids,
+        dtype=dtype,
+        dropout_key=call.key(0),
+    )
+    return _run(call, params, x, None)
+
+
+def _bias(
+    config: TransformerConfig, params: Params, queries: jax.Array, keys: jax.Array
+) -> jax.Array | None:
+    if config.bucket_bias is None:
+        return None
+    table = params["bucket_bias"].astype(jnp.float32)
+    return attn.bucket_bias(config.bucket_bias, table, queries, keys)
+
+
+def _run(
+    call: _Call, params: Params, x: jax.Array, caches: Sequence[LayerCache] | None
+) -> TransformerOutput:
+    """Run all segments; with caches (one per layer), layers must come unstacked."""
+    config, first, traces = call.config, 0, [Trace(x, None, None)]
+    new_caches: list[LayerCache] = []
+    for i, segment in enumerate(config.segments):
+        period, size = params[f"segment_{i}"], len(segment.blocks)
+        if isinstance(period, Mapping) and caches is None:
+
+            def body(x, scanned, segment=segment):
+                period, number = scanned
+                return _period(call, segment, period, x, number)
+
+            numbers = first + size * jnp.arange(segment.repeat, dtype=jnp.int32)
+            if segment.share:
+                x, ys = jax.lax.scan(
+                    lambda x, n, p=period, body=body: body(x, (p, n)), x, numbers
+                )
+            else:
+                x, ys = jax.lax.scan(body, x, (period, numbers))
+            traces += [
+                jax.tree.map(lambda leaf, r=r: leaf[r], ys[j])
+                for r in range(segment.repeat)
+                for j in range(size)
+            ]
+            first += size * segment.repeat
+        else:
+            for p in period:
+                for j, block in enumerate(segment.blocks):
+                    cache = None if caches is None else caches[first]
+                    x, trace, cache = _block(call, block, p[f"block_{j}"], x, first, cache)
+                    traces.append(trace)
+                    new_caches.append(cache)
+                    first += 1
+    if config.final_norm is not None:
+        x = norm(config.final_norm, params["final_norm"], x)
+        traces[-1] = traces[-1]._replace(state=x)
+    states = tuple(t.state for t in traces)
+    selfs = tuple(t.self_attention for t in traces if t.self_attention is not None)
+    crosses = tuple(t.cross_attention for t in traces if t.cross_attention is not None)
+    return TransformerOutput(
+        last_hidden_state=x,
+        hidden_states=states if call.hidden_states else None,
+        attentions=selfs if call.attentions else None,
+        cross_attentions=crosses if call.attentions and crosses else None,
+        caches=tuple(new_caches) if caches is not None else None,
+    )
+
+
+def _period(
+    call: _Call, segment: Segment, period: Params, x: jax.Array, number: jax.Array
+) -> tuple[jax.Array, tuple[Trace, ...]]:
+    traces = []
+    for j, block in enumerate(segment.blocks):
+        x, trace, _ = _block(call, block, period[f"block_{j}"], x, number + j, None)
+        traces.append(trace)
+    return x, tuple(traces)
+
+
+def _block(
+    call: _Call,
+    block: Block,
+    params: Params,
+    x: jax.Array,
+    number: jax.Array | int,
+    cache: LayerCache | None,
+) -> tuple[jax.Array, Trace, LayerCache]:
+    """Run one block: its output, what it lets out, its cache with this call's entries."""
+    weights: dict[str, jax.Array] = {}
+    cache = dict(cache or {})
+    for i, sub in enumerate(block.sublayers):
+        p = params[sub.name]
+        h = x if sub.before is None else norm(sub.before, p["norm_before"], x)
+        keys = [call.key(1 + number, 3 * i + j) for j in range(3)]
+        if isinstance(sub.f, Attention):
+            kv = _keys_values(call, sub.f, p, h, cache.get(sub.name))
+            if cache:
+                cache[sub.name] = kv
+            y, weights[sub.name] = _attend(call, sub.f, p, h, kv, number, keys[1])
+        else:
+            y = _feed_forward(call, sub.f, p, h, keys[1])
+        if sub.branch is not None:
+            y = norm(sub.branch, p["norm_branch"], y)
+        x = x + dropout(y, call.config.dropout.residual, keys[2])
+        if sub.after is not None:
+            x = norm(sub.after, p["norm_after"], x)
+    trace = Trace(
+        x if call.hidden_states else None,
+        weights.get("self_attention") if call.attentions else None,
+        weights.get("cross_attention") if call.attentions else None,
+    )
+    return x, trace, cache
+
+
+def _keys_values(
+    call: _Call, config: Attention, params: Params, h: jax.Array, cached: KV | None
+) -> KV:
+    if config.source == "encoder":
+        if cached is not None:
+            return cached
+        assert call.encoder_states is not None
+        return attn.keys_values(config, params, call.encoder_states.astype(h.dtype), None)
+    new = attn.keys_values(config, params, h, call.positions)
+    if cached is None:
+        return new
+    start = (0, 0, call.cache_slot, 0)
+    return KV(*(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True)))
+
+
+def _attend(
+    call: _Call,
+    config: Attention,
+    params: Params,
+    h: jax.Array,
+    kv: KV,
+    number: jax.Array | int,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    cross = config.source == "encoder"
+    mask = call.encoder_mask if cross else call.mask
+    if config.window is not None and not cross:
+        near = attn.positional_mask(
+            call.positions, call.key_positions, causal=False, window=config.window
+        )
+        mask = attn.both(mask, near)
+    return attn.attend(
+        config,
+        params,
+        h,
+        kv,
+        mask=mask,
+        bias=call.bias if config.bucket_bias else None,
+        positions=None if cross else call.positions,
+        layer=number,
+        dropout_rate=call.config.dropout.attention,
+        dropout_key=key,
+    )
+
+
+def _feed_forward(
+    call: _Call, config: FeedForward, params: Params, h: jax.Array, key: jax.Array | None
+) -> jax.Array:
+    up, act = dense(params["up"], h), activation(config.activation)
+    y = act(dense(params["gate"], h)) * up if config.gated else act(up)
+    return dense(params["down"], dropout(y, call.config.dropout.activation, key))
+
+
+def logits(config: TransformerConfig, params: Params, states: jax.Array) -> jax.Array:
+    """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
+    head, p = config.head, params.get("head", {})
+    assert head is not None
+    if head.transform is not None:
+        states = activation(head.activation)(dense(p["transform"], states))
+        states = norm(head.transform, p["norm"], states)
+    kernel = params["embedding"]["token"] if head.tied else p["kernel"]
+    states = states * jnp.asarray(head.scale, states.dtype)
+    y = jnp.einsum(
+        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
+    )
+    if head.bias != "none":
+        bias = p["bias"].astype(jnp.float32)
+        y = y + (jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias)
+    return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
+
+
+# Decoding ----------------------------------------------------------------------------------------
+
+
+def init_caches(
+    config: TransformerConfig,
+    params: Params,
+    encoder_states: jax.Array,
+    *,
+    slots: int,
+) -> tuple[LayerCache, ...]:
+    """Caches for decoding from encoder states `[B, S, D_encoder]`, one per layer.
+
+    Self-attention gets an empty pool of `slots` keys and values; cross-attention its keys and
+    values of the source, projected here, once, whatever the number of beams.
+    """
+    batch, dtype = encoder_states.shape[0], encoder_states.dtype
+    caches = []
+    for i, segment in enumerate(config.segments):
+        for period in params[f"segment_{i}"]:
+            for j, block in enumerate(segment.blocks):
+                cache = {}
+                for sub in block.sublayers:
+                    if not isinstance(sub.f, Attention):
+                        continue
+                    if sub.f.source == "encoder":
+                        p = period[f"block_{j}"][sub.name]
+                        cache[sub.name] = attn.keys_values(sub.f, p, encoder_states, None)
+                    else:
+                        empty = jnp.zeros((batch, sub.f.groups, slots, sub.f.head_dim), dtype)
+                        cache[sub.name] = KV(empty, empty)
+                caches.append(cache)
+    return tuple(caches)
+
+
+def decode_step(
+    config: TransformerConfig,
+    params: Params,
+    tokens: jax.Array,
+    caches: tuple[LayerCache, ...],
+    *,
+    position: jax.Array,
+    token_positions: jax.Array,
+    visible: jax.Array,
+    encoder_mask: jax.Array | None,
+    dtype: Any,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Feed one token per beam, `tokens` `[B, K]`: float32 logits `[B, K, V]` and the new caches.
+
+    The pool's slot `t * K + k` belongs to beam k at step t.
+
+    Args:
+        params: a trunk's parameters, unstacked.
+        position: scalar int32, the step t.
+        token_positions: `[B, K]`, the tokens' positions for the embedding table.
+        visible: boolean `[B, K, slots]`: the slots on each beam's own path, this step's included.
+        encoder_mask: `[B, S]` of 0/1.
+    """
+    beams = tokens.shape[1]
+    slots = visible.shape[-1]
+    queries = jnp.full((1, beams), position, jnp.int32)
+    keys = (jnp.arange(slots, dtype=jnp.int32) // beams)[None, :]
+    call = _Call(
+        config=config,
+        positions=queries,
+        key_positions=keys,
+        mask=visible,
+        encoder_states=None,
+        encoder_mask=None if encoder_mask is None else attn.padding_mask(encoder_mask),
+        bias=_bias(config, params, queries, keys),
+        dropout_key=None,
+        cache_slot=position * beams,
+        hidden_states=False,
+        attentions=False,
+    )
+    x = embed(config, params, tokens, positions=token_positions, dtype=dtype)
+    out = _run(call, params, x, caches)
+    assert out.caches is not None
+    return logits(config, params, out.last_hidden_state), out.caches

@@ -1,0 +1,109 @@
+"""The oracle: tiny random PyTorch models of every family, and the pairs built from them."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the oracle needs PyTorch")
+transformers = pytest.importorskip("transformers", reason="the oracle needs Transformers")
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "bart")
+DECODERS = ENCODERS
+VOCAB = {"encoder": 61, "decoder": 53}
+POSITIONS = 48
+
+
+def family_config(family: str, role: str, hidden: int = 16, tied: bool = True, **more):
+    """A tiny published configuration of a family."""
+    vocab = VOCAB[role]
+    flags = {"is_decoder": True, "add_cross_attention": True} if role == "decoder" else {}
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocab, n_embd=hidden, n_layer=2, n_head=4, n_positions=POSITIONS,
+            bos_token_id=2, eos_token_id=2, pad_token_id=1, tie_word_embeddings=tied,
+            **{k: v for k, v in flags.items() if k == "add_cross_attention"}, **more,
+        )  # fmt: skip
+    if family == "bart":
+        return transformers.BartConfig(
+            vocab_size=vocab, d_model=hidden, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * hidden,
+            decoder_ffn_dim=2 * hidden, max_position_embeddings=POSITIONS, pad_token_id=1,
+            bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, tie_word_embeddings=tied,
+            forced_eos_token_id=None, **{k: v for k, v in flags.items() if k != "x"}, **more,
+        )  # fmt: skip
+    cls = {
+        "bert": transformers.BertConfig,
+        "roberta": transformers.RobertaConfig,
+        "xlm-roberta": transformers.XLMRobertaConfig,
+        "camembert": transformers.CamembertConfig,
+    }[family]
+    return cls(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=2 * hidden, max_position_embeddings=POSITIONS + 2,
+        bos_token_id=0, eos_token_id=2, pad_token_id=1, tie_word_embeddings=tied,
+        **flags, **more,
+    )  # fmt: skip
+
+
+def randomize(model, seed: int, scale: float = 0.35):
+    """Make every parameter matter: random biases and norms, kernels large enough to disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name.lower() or "ln_" in name:
+                p.add_(0.2 * noise)
+            else:
+                p.copy_(scale * noise)
+    return model.eval()
+
+
+def torch_pair(
+    encoder: str, decoder: str, *, hidden=(16, 16), tied: bool = True, seed: int = 0, **more
+):
+    """A random EncoderDecoderModel; parts are assembled by hand where PyTorch cannot."""
+    enc = family_config(encoder, "encoder", hidden[0])
+    dec = family_config(decoder, "decoder", hidden[1], tied, **more)
+    torch.manual_seed(seed)
+    if encoder == "bart":
+        enc_model = transformers.BartModel(enc).encoder
+    else:
+        enc_model = transformers.AutoModel.from_config(enc)
+    dec_model = transformers.AutoModelForCausalLM.from_config(dec)
+    model = transformers.EncoderDecoderModel(encoder=enc_model, decoder=dec_model)
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
+    return randomize(model, seed)
+
+
+def source_batch(rng: np.random.Generator, batch: int = 3, length: int = 9):
+    """Source ids and mask `[batch, length]`, padded right, every row of another length."""
+    ids = rng.integers(3, VOCAB["encoder"], (batch, length))
+    mask = np.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, length - 2 * row :] = 0
+    ids[mask == 0] = 1
+    return ids.astype(np.int32), mask.astype(np.int32)
+
+
+def labels_batch(rng: np.random.Generator, batch: int = 3, length: int = 7):
+    """Labels `[batch, length]`, ends padded with -100."""
+    labels = rng.integers(3, VOCAB["decoder"], (batch, length))
+    for row in range(batch):
+        labels[row, length - row] = 2 if row else labels[row, -1]
+        labels[row, length - row + 1 :] = -100
+    return labels.astype(np.int32)
+
+
+def as_torch(x):
+    return torch.tensor(np.asarray(x), dtype=torch.long)
+
+
+def clone(model):
+    return copy.deepcopy(model)

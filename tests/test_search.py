@@ -1,0 +1,614 @@
+"""Searches find what Transformers' `generate` finds, for every row, whatever the other rows are.
+
+The oracle is a real `GenerationMixin` model whose logits come from a random table indexed by the
+source row and a rolling hash of the whole prefix, so one wrong parent anywhere shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.decoding.search import SearchOutput, prepare, search
+from jax_encdec.errors import InputError
+
+VOCAB, HASHES, SOURCES, WIDTH = 23, 64, 8, 7
+START, PAD = 1, 3
+
+
+def make_table(seed: int = 0, scale: float = 1.5) -> np.ndarray:
+    """Random logits `[SOURCES, HASHES, VOCAB]`."""
+    rng = np.random.default_rng(seed)
+    return (scale * rng.normal(size=(SOURCES, HASHES, VOCAB))).astype(np.float32)
+
+
+def make_sources(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unpadded random sources; the first token of a row picks its logit table."""
+    ids = rng.integers(4, VOCAB, size=(rows, WIDTH)).astype(np.int32)
+    ids[:, 0] = rng.permutation(SOURCES)[:rows] if rows <= SOURCES else 0
+    return ids, np.ones_like(ids)
+
+
+def step(state, tokens, parents, position):
+    """The toy model in JAX: its state is the hash of every beam's prefix."""
+    table, rows, prefix = state
+    prefix = jnp.take_along_axis(prefix, parents, axis=1)
+    prefix = (prefix * 31 + tokens + 7) % HASHES
+    return table[rows[:, None], prefix], (table, rows, prefix)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def run(spec, values, table, source_ids, source_mask, prompt, key):
+    lanes = spec.num_beams if spec.num_beams > 1 else spec.num_return_sequences
+    prefix = jnp.zeros((len(prompt), lanes), jnp.int32)
+    return search(
+        step,
+        (table, source_ids[:, 0], prefix),
+        prompt,
+        spec=spec,
+        values=values,
+        source_ids=source_ids,
+        source_mask=source_mask,
+        key=key,
+    )
+
+
+def ours(table, ids, mask, options, prompt=None, key=None, capacity=24) -> SearchOutput:
+    prompt = np.full((len(ids), 1), START, np.int32) if prompt is None else prompt
+    config = GenerationConfig(decoder_start_token_id=START, pad_token_id=PAD).replace(**options)
+    spec, values = prepare(
+        config, vocab_size=VOCAB, prompt_length=prompt.shape[1], capacity=capacity
+    )
+    out = run(spec, values, table, ids, mask, prompt, jax.random.key(0) if key is None else key)
+    return jax.tree.map(np.asarray, out)
+
+
+@functools.cache
+def oracle_class():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "toy-table"
+
+    class Encoder(torch.nn.Module):
+        main_input_name = "input_ids"
+
+        def forward(self, input_ids, attention_mask=None, **unused):
+            return BaseModelOutput(last_hidden_state=input_ids[..., None].float())
+
+    class Model(transformers.PreTrainedModel, transformers.GenerationMixin):
+        config_class = Config
+        main_input_name = "input_ids"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.encoder = Encoder()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+            self.post_init()
+
+        def get_encoder(self, *unused, **also):
+            return self.encoder
+
+        def prepare_inputs_for_generation(self, decoder_input_ids, encoder_outputs=None, **unused):
+            return {"decoder_input_ids": decoder_input_ids, "encoder_outputs": encoder_outputs}
+
+        def forward(
+            self,
+            input_ids=None,
+            attention_mask=None,
+            decoder_input_ids=None,
+            encoder_outputs=None,
+            return_dict=True,
+            **unused,
+        ):
+            rows = encoder_outputs.last_hidden_state[:, 0, 0].long()
+            prefix = torch.zeros_like(rows)
+            for token in decoder_input_ids.unbind(1):
+                prefix = (prefix * 31 + token + 7) % HASHES
+            return Seq2SeqLMOutput(logits=self.table[rows, prefix][:, None])
+
+    return torch, Model, Config
+
+
+def theirs(table, ids, options, prompt=None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Run `transformers.generate`; sequences `[B * R, *]` and scores (None when greedy)."""
+    torch, Model, Config = oracle_class()
+    model = Model(Config(is_encoder_decoder=True, vocab_size=VOCAB))
+    model.table = torch.tensor(table)
+    model.generation_config.decoder_start_token_id = START
+    options = {"pad_token_id": PAD, **options}
+    options = {k: jax.tree.map(lambda x: x, v) for k, v in options.items()}
+    if prompt is not None:
+        options["decoder_input_ids"] = torch.tensor(prompt).long()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            torch.tensor(ids).long(),
+            return_dict_in_generate=True,
+            output_scores=True,
+            use_cache=False,
+            **options,
+        )
+    scores = getattr(out, "sequences_scores", None)
+    return out.sequences.numpy(), None if scores is None else scores.numpy()
+
+
+def assert_same(got: SearchOutput, sequences: np.ndarray, scores: np.ndarray | None, note=""):
+    """Compare up to each sequence's length; both must be padding from there on."""
+    flat = got.sequences.reshape(-1, got.sequences.shape[-1])
+    lengths = got.lengths.reshape(-1)
+    width = sequences.shape[1]
+    assert lengths.max() == width, note
+    for row, (a, b, n) in enumerate(zip(flat, sequences, lengths, strict=True)):
+        np.testing.assert_array_equal(a[:n], b[:n], err_msg=f"{note} sequence {row}")
+        assert (a[n:] == PAD).all(), note
+        assert (b[n:] == PAD).all(), note
+    if scores is not None:
+        np.testing.assert_allclose(
+            got.sequences_scores.reshape(-1), scores, atol=1e-4, rtol=1e-5, err_msg=str(note)
+        )
+
+
+# --- the oracle: transformers.generate -------------------------------------------------------
+
+
+def random_structure(rng: np.random.Generator) -> dict:
+    """What shapes the program: drawn once, then shared by several draws of numbers."""
+    beams = int(rng.choice([1, 2, 3, 4, 6]))
+    names = ("ngram", "encoder", "words", "repeat", "bos", "forced_eos", "suppress", "begin", "min")
+    return {
+        "beams": beams,
+        "returned": int(rng.integers(1, beams + 1)),
+        "rows": int(rng.integers(1, 6)),
+        "eos": int(rng.integers(0, 4)),
+        "prompt": int(rng.choice([1, 1, 1, 3])),
+        "on": frozenset(name for name in names if rng.random() < 0.3),
+    }
+
+
+def random_options(rng: np.random.Generator, structure: dict) -> dict:
+    on, prompt = structure["on"], structure["prompt"]
+    ids = rng.permutation(np.arange(4, VOCAB)).tolist()
+    eos = [2, 5, 9][: structure["eos"]]
+    free = [i for i in ids if i not in eos]
+    longest = prompt + int(rng.integers(2, 14))
+    options = {
+        "num_beams": structure["beams"],
+        "num_return_sequences": structure["returned"],
+        "eos_token_id": eos if len(eos) != 1 else eos[0],
+        "length_penalty": float(rng.choice([-1.0, 0.0, 0.6, 1.0, 2.0])),
+        "early_stopping": [False, True, "never"][rng.integers(3)],
+    }
+    options |= {"max_length": longest} if rng.random() < 0.5 else {"max_new_tokens": longest - prompt}
+    if not eos:
+        del options["eos_token_id"]
+    if "ngram" in on:
+        options["no_repeat_ngram_size"] = int(rng.integers(1, 5))
+    if "encoder" in on:
+        options["encoder_no_repeat_ngram_size"] = int(rng.integers(1, 4))
+    if "words" in on:
+        words = [rng.choice(VOCAB, size=rng.integers(1, 4)).tolist() for _ in range(6)]
+        options["bad_words_ids"] = [*words, [free[0], free[1], free[2], free[3]]]
+    if "repeat" in on:
+        options["repetition_penalty"] = float(rng.choice([0.7, 1.3, 2.5]))
+    if "bos" in on:
+        options["forced_bos_token_id"] = free[4]
+    if "forced_eos" in on:
+        options["forced_eos_token_id"] = eos[0] if eos else free[5]
+    if "suppress" in on:
+        options["suppress_tokens"] = free[6 : 7 + int(rng.integers(1, 4))]
+    if "begin" in on:
+        options["begin_suppress_tokens"] = free[:8]
+    if "min" in on:
+        new = int(rng.integers(1, longest - prompt + 1))
+        options |= {"min_new_tokens": new} if rng.random() < 0.5 else {"min_length": new + prompt}
+    return options
+
+
+def check_against_generate(seed: int, draws: int):
+    rng = np.random.default_rng(seed)
+    structure = random_structure(rng)
+    for draw in range(draws):
+        table = make_table(int(rng.integers(1000)))
+        table[..., [2, 5, 9]] += 1.0  # sentences end now and then
+        ids, mask = make_sources(rng, structure["rows"])
+        prompt = np.full((structure["rows"], structure["prompt"]), START, np.int32)
+        prompt[:, 1:] = rng.integers(4, VOCAB, prompt[:, 1:].shape)
+        options = random_options(rng, structure)
+        got = ours(table, ids, mask, options, prompt)
+        sequences, scores = theirs(table, ids, options, prompt)
+        assert_same(got, sequences, scores, f"seed {seed} draw {draw}: {options}")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_generates_what_transformers_generates(seed):
+    check_against_generate(seed, draws=10)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(1000, 1300))
+def test_generates_what_transformers_generates_long(seed):
+    check_against_generate(seed, draws=12)
+
+
+@pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_early_stopping_and_length_penalty_stop_where_transformers_stops(
+    early_stopping, length_penalty
+):
+    rng = np.random.default_rng(5)
+    ids, mask = make_sources(rng, 4)
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "eos_token_id": 2,
+        "max_length": 20,
+        "early_stopping": early_stopping,
+        "length_penalty": length_penalty,
+    }
+    for seed in range(4):
+        table = make_table(seed)
+        table[..., 2] += 1.5
+        assert_same(ours(table, ids, mask, options), *theirs(table, ids, options), str(seed))
+
+
+def test_pad_id_zero_pads_beams_where_transformers_writes_eos():
+    """Transformers 5 fills beams with EOS when the pad id is 0 (BERT's); padding is right."""
+    table = make_table(1)
+    table[..., 2] += 2.0
+    ids, mask = make_sources(np.random.default_rng(1), 4)
+    options = {"num_beams": 3, "eos_token_id": 2, "max_length": 20, "pad_token_id": 0}
+    got = ours(table, ids, mask, options)
+    sequences, _ = theirs(table, ids, options)
+    lengths = got.lengths[:, 0]
+    assert lengths.min() < lengths.max()
+    for mine, other, n in zip(got.sequences[:, 0], sequences, lengths, strict=True):
+        np.testing.assert_array_equal(mine[:n], other[:n])
+        assert (mine[n:] == 0).all()
+        assert (other[n:] == 2).all()  # the bug
+
+
+def test_greedy_score_is_the_log_probability_of_the_sequence():
+    torch, _, _ = oracle_class()
+    table = make_table(2)
+    ids, mask = make_sources(np.random.default_rng(2), 3)
+    got = ours(table, ids, mask, {"max_new_tokens": 6})
+    prefix = np.zeros(3, int)
+    expected = np.zeros(3)
+    for t in range(6):
+        prefix = (prefix * 31 + got.sequences[:, 0, t] + 7) % HASHES
+        logp = torch.log_softmax(torch.tensor(table[ids[:, 0], prefix]).double(), -1).numpy()
+        expected += logp[np.arange(3), got.sequences[:, 0, t + 1]]
+    np.testing.assert_allclose(got.sequences_scores[:, 0], expected, atol=1e-5)
+
+
+# --- brute force -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.7])
+def test_wide_beam_finds_the_best_of_all_sequences(length_penalty):
+    vocab, new, eos, returned = 4, 5, 0, 8
+    rng = np.random.default_rng(11)
+    logits = rng.normal(size=(new + 1, vocab, vocab)) * 1.5
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    def markov(state, tokens, parents, position):
+        return jnp.asarray(logits, jnp.float32)[position, tokens], state
+
+    def score(tokens):
+        path = zip((1, *tokens), tokens, strict=False)
+        return sum(logp[t, a, b] for t, (a, b) in enumerate(path)) / len(tokens) ** length_penalty
+
+    sequences = [
+        (*body, *end)
+        for n in range(new + 1)
+        for body in itertools.product(range(1, vocab), repeat=n)
+        for end in (((eos,),) if n < new else ((),))
+    ]
+    best = sorted(sequences, key=score, reverse=True)[:returned]
+    config = GenerationConfig(
+        num_beams=128,
+        num_return_sequences=returned,
+        eos_token_id=eos,
+        max_new_tokens=new,
+        early_stopping="never",
+        length_penalty=length_penalty,
+    )
+    spec, values = prepare(config, vocab_size=vocab)
+    out = search(markov, None, jnp.ones((1, 1), jnp.int32), spec=spec, values=values)
+    found = [
+        tuple(row[1:n]) for row, n in zip(out.sequences[0].tolist(), out.lengths[0], strict=True)
+    ]
+    assert found == best
+    np.testing.assert_allclose(out.sequences_scores[0], [score(s) for s in best], atol=1e-5)
+
+
+# --- promises of our own ---------------------------------------------------------------------
+
+MODES = {
+    "greedy": {},
+    "sample": {"do_sample": True, "top_k": 8, "num_return_sequences": 2},
+    "beam": {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 2},
+    "beam sample": {"num_beams": 3, "do_sample": True, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_alone_gives_what_it_gives_in_its_batch(mode):
+    table = make_table(3)
+    table[..., 2] += 1.5
+    ids, mask = make_sources(np.random.default_rng(3), 5)
+    mask[:, 4:] = np.arange(4, WIDTH) < np.array([[4], [5], [6], [7], [7]])
+    options = {"eos_token_id": 2, "max_length": 16, "encoder_no_repeat_ngram_size": 2, **MODES[mode]}
+    keys = jax.random.split(jax.random.key(7), 5)
+    together = ours(table, ids, mask, options, key=keys)
+    assert len(set(together.lengths[:, 0].tolist())) > 1  # rows end at different times
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = ours(table, ids[one], mask[one], options, key=keys[one])
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(a, b[one])
+
+
+def test_one_key_gives_row_i_the_same_draws_whatever_the_other_rows():
+    table = make_table(4)
+    ids, mask = make_sources(np.random.default_rng(4), 4)
+    options = {"do_sample": True, "max_length": 12, "eos_token_id": 2}
+    first = ours(table, ids, mask, options)
+    other = ids.copy()
+    other[[0, 1, 3]] = other[[3, 0, 1]]
+    second = ours(table, other, mask, options)
+    np.testing.assert_array_equal(first.sequences[2], second.sequences[2])
+    assert (first.sequences[0] != second.sequences[0]).any()
+    again = ours(table, ids, mask, options)
+    np.testing.assert_array_equal(first.sequences, again.sequences)
+    raw = ours(table, ids, mask, options, key=jax.random.key_data(jax.random.key(0)))
+    np.testing.assert_array_equal(first.sequences, raw.sequences)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_every_number_is_traced(beams):
+    """Lengths, penalties, ids: new values run the program that is already compiled."""
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="spec")
+    def program(spec, values, prompt, prompt_length, ids, mask, key):
+        traces.append(1)
+        prefix = jnp.zeros((2, beams), jnp.int32)
+        return search(
+            step,
+            (jnp.asarray(make_table()), ids[:, 0], prefix),
+            prompt,
+            spec=spec,
+            values=values,
+            prompt_length=prompt_length,
+            source_ids=ids,
+            source_mask=mask,
+            key=key,
+        )
+
+    base = {
+        "num_beams": beams,
+        "do_sample": True,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "max_length": 12,
+        "min_length": 3,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 0.9,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 2,
+        "encoder_no_repeat_ngram_size": 3,
+        "bad_words_ids": [[4, 5], [6]],
+        "suppress_tokens": [7],
+        "begin_suppress_tokens": [8, 9],
+        "forced_bos_token_id": 10,
+        "forced_eos_token_id": 2,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+    }
+    changes = {
+        "eos_token_id": 5,
+        "pad_token_id": 1,
+        "max_length": 15,
+        "min_length": 7,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.5,
+        "repetition_penalty": 0.8,
+        "no_repeat_ngram_size": 4,
+        "encoder_no_repeat_ngram_size": 1,
+        "bad_words_ids": [[9, 4], [3, 2], [1]],
+        "suppress_tokens": [7, 11, 12],
+        "begin_suppress_tokens": [3],
+        "forced_bos_token_id": 11,
+        "forced_eos_token_id": 4,
+        "length_penalty": 2.0,
+        "early_stopping": "never",
+    }
+    ids, mask = make_sources(np.random.default_rng(0), 2)
+    prompt = np.full((2, 4), START, np.int32)
+    start = GenerationConfig(**base)
+    for name, value in [("max_length", 12), *changes.items()]:
+        config = start.replace(**{name: value})
+        for prompt_length in (1, 3):
+            spec, values = prepare(config, vocab_size=VOCAB, prompt_length=1, capacity=16)
+            program(spec, values, prompt, np.int32(prompt_length), ids, mask, jax.random.key(0))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+def test_a_padded_prompt_with_its_length_is_the_short_prompt(mode):
+    table = make_table(6)
+    ids, mask = make_sources(np.random.default_rng(6), 3)
+    long = np.full((3, 5), START, np.int32)
+    long[:, 1:] = np.random.default_rng(7).integers(4, VOCAB, (3, 4))
+    options = {"eos_token_id": 2, "max_length": 14, **MODES[mode]}
+    expected = ours(table, ids, mask, options, long[:, :3])
+    config = GenerationConfig(pad_token_id=PAD).replace(**options)
+    spec, values = prepare(config, vocab_size=VOCAB, prompt_length=3, capacity=24)
+    lanes = spec.num_beams
+    state = (jnp.asarray(table), ids[:, 0], jnp.zeros((3, lanes), jnp.int32))
+    got = search(
+        step, state, jnp.asarray(long), spec=spec, values=values, prompt_length=jnp.int32(3)
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_maximum_per_row_and_vmap_work(mode):
+    table = make_table(8)
+    ids, mask = make_sources(np.random.default_rng(8), 3)
+    options = {"eos_token_id": 2, "max_length": 16, "length_penalty": 1.0, **MODES[mode]}
+    keys = jax.random.split(jax.random.key(1), 3)
+    spec, values = prepare(GenerationConfig(pad_token_id=PAD).replace(**options), vocab_size=VOCAB)
+    limits = np.array([5, 16, 9], np.int32)
+    per_row = values._replace(max_length=limits)
+    prompt = np.full((3, 1), START, np.int32)
+    got = run(spec, per_row, table, ids, mask, prompt, keys)
+    alone = jax.vmap(
+        lambda limit, i, m, k: run(
+            spec, values._replace(max_length=limit), table, i[None], m[None], prompt[:1], k[None]
+        )
+    )(limits, ids, mask, keys)
+    for a, b in zip(got, alone, strict=True):
+        np.testing.assert_allclose(a, b[:, 0], rtol=1e-6)
+    assert (got.lengths <= limits[:, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+def test_search_stops_as_soon_as_every_row_is_done(mode):
+    table = make_table(9)
+    table[..., 2] += 50.0
+    calls = []
+
+    def counted(state, tokens, parents, position):
+        jax.debug.callback(lambda p: calls.append(int(p)), position)
+        return step(state, tokens, parents, position)
+
+    options = {"eos_token_id": 2, "max_length": 20, **MODES[mode]}
+    spec, values = prepare(GenerationConfig(**options), vocab_size=VOCAB)
+    state = (jnp.asarray(table), jnp.arange(2), jnp.zeros((2, spec.num_beams), jnp.int32))
+    out = search(counted, state, jnp.ones((2, 1), jnp.int32), spec=spec, values=values)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert len(calls) < 6
+    assert (out.lengths[:, 0] == 2).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_banning_every_token_gives_no_nan(mode):
+    table = make_table(10)
+    ids, mask = make_sources(np.random.default_rng(10), 2)
+    options = {"max_length": 6, "suppress_tokens": list(range(VOCAB)), **MODES[mode]}
+    out = ours(table, ids, mask, options)
+    assert not np.isnan(out.sequences_scores).any()
+    assert ((out.sequences >= 0) & (out.sequences < VOCAB)).all()
+
+
+def test_sampling_without_a_key_is_refused():
+    spec, values = prepare(GenerationConfig(do_sample=True), vocab_size=VOCAB)
+    with pytest.raises(InputError, match="needs a random key"):
+        search(step, None, jnp.ones((1, 1), jnp.int32), spec=spec, values=values)
+    with pytest.raises(InputError, match="one key or one per row"):
+        search(
+            step,
+            None,
+            jnp.ones((1, 1), jnp.int32),
+            spec=spec,
+            values=values,
+            key=jax.random.split(jax.random.key(0), 3),
+        )
+
+
+def test_what_does_not_fit_the_capacity_is_refused():
+    with pytest.raises(InputError, match=r"max_length \(30\) must be at most the capacity of 24"):
+        prepare(GenerationConfig(max_length=30), vocab_size=VOCAB, capacity=24)
+    spec, values = prepare(GenerationConfig(max_length=4), vocab_size=VOCAB)
+    with pytest.raises(InputError, match="prompt of 9 tokens"):
+        search(step, None, jnp.ones((1, 9), jnp.int32), spec=spec, values=values)
+    spec, values = prepare(GenerationConfig(encoder_no_repeat_ngram_size=2), vocab_size=VOCAB)
+    with pytest.raises(InputError, match="needs source_ids"):
+        search(step, None, jnp.ones((1, 1), jnp.int32), spec=spec, values=values)
+
+
+def test_specs_are_hashable_and_numbers_do_not_change_them():
+    a, _ = prepare(GenerationConfig(max_length=9, eos_token_id=4), vocab_size=9, capacity=16)
+    b, _ = prepare(GenerationConfig(max_length=8, eos_token_id=2), vocab_size=9, capacity=16)
+    assert hash(a) == hash(b)
+    assert a == b
+    assert dataclasses.replace(a, num_eos=2) != b
+
+
+# --- distributions ---------------------------------------------------------------------------
+
+
+def chi_square_is_plausible(observed: np.ndarray, probability: np.ndarray):
+    """Compare counts with expectations, rare cells pooled; 5 sigma of the chi-square law."""
+    expected = probability * observed.sum()
+    common = expected >= 8
+    o = np.append(observed[common], observed[~common].sum())
+    e = np.append(expected[common], expected[~common].sum())
+    o, e = o[e > 0], e[e > 0]
+    freedom = len(o) - 1
+    statistic = ((o - e) ** 2 / e).sum()
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def distribution(table, source: int, temperature: float, top_k: int) -> np.ndarray:
+    logits = table[source, (START + 7) % HASHES].astype(np.float64) / temperature
+    logits[logits < np.sort(logits)[-top_k]] = -np.inf
+    p = np.exp(logits - logits.max())
+    return p / p.sum()
+
+
+def test_samples_follow_the_processed_distribution():
+    table, draws = make_table(12), 6000
+    ids, mask = make_sources(np.random.default_rng(12), 1)
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 10, "max_new_tokens": 1}
+    out = ours(table, ids, mask, {**options, "num_return_sequences": draws}, capacity=2)
+    p = distribution(table, ids[0, 0], 1.3, 10)
+    counts = np.bincount(out.sequences[0, :, 1], minlength=VOCAB)
+    assert counts[p == 0].sum() == 0
+    chi_square_is_plausible(counts, p)
+    np.testing.assert_allclose(
+        out.sequences_scores[0], np.log(p[out.sequences[0, :, 1]]), atol=1e-5
+    )
+
+
+def test_beam_sampling_draws_without_replacement():
+    """The first K candidates of a one-token search are a K-subset drawn without replacement."""
+    table, draws = make_table(13), 6000
+    ids = np.broadcast_to(make_sources(np.random.default_rng(13), 1)[0], (draws, WIDTH))
+    options = {
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "do_sample": True,
+        "temperature": 1.3,
+        "top_k": 8,
+        "max_new_tokens": 1,
+        "eos_token_id": 2,
+    }
+    out = ours(table, ids, np.ones_like(ids), options, capacity=2)
+    # Temperature divides log-probabilities without renormalising; softmax does that.
+    p = distribution(table, ids[0, 0], 1.3, 8)
+    pairs = list(itertools.combinations(range(VOCAB), 2))
+    probability = np.array([p[a] * p[b] * (1 / (1 - p[a]) + 1 / (1 - p[b])) for a, b in pairs])
+    drawn = np.sort(out.sequences[:, :, 1], axis=1)
+    cell = {pair: i for i, pair in enumerate(pairs)}
+    counts = np.bincount([cell[tuple(d)] for d in drawn.tolist()], minlength=len(pairs))
+    np.testing.assert_allclose(probability.sum(), 1.0)
+    chi_square_is_plausible(counts, probability)
+    assert (out.sequences_scores[:, 0] >= out.sequences_scores[:, 1]).all()
