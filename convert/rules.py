@@ -466,7 +466,9 @@ def tensors(
 
             def make(slot: Slot = slot) -> np.ndarray:
                 pieces = [_published(slot, leaves[path]) for path in slot.leaves]
-                joined = np.concatenate(pieces, axis=slot.layout.axis) if len(pieces) > 1 else pieces[0]
+                joined = (
+                    np.concatenate(pieces, axis=slot.layout.axis) if len(pieces) > 1 else pieces[0]
+                )
                 return np.ascontiguousarray(joined)
 
             yield slot.tensor, info, make

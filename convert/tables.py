@@ -81,7 +81,9 @@ def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
 
     encoder, decoder = TABLES[config.encoder.model_type], TABLES[config.decoder.model_type]
     aliases = _chased(config.aliases() | _head_alias(config.decoder))
-    inner = [rule.prefixed("encoder.", "encoder") for rule in encoder.body(config.encoder, "encoder")]
+    inner = [
+        rule.prefixed("encoder.", "encoder") for rule in encoder.body(config.encoder, "encoder")
+    ]
     outer = [
         rule.prefixed(f"decoder.{decoder.nested}", "decoder")
         for rule in decoder.body(config.decoder, "decoder")
@@ -202,4 +204,3 @@ def _layer_numbers(names: Iterable[str], prefix: str, probe: str) -> list[str]:
         and name.endswith(after)
         and name[len(before) : len(name) - len(after)].isdecimal()
     ]
-

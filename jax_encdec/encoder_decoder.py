@@ -227,7 +227,9 @@ class EncoderDecoderModel(nn.Module):
         if labels is None:
             return out
         total, weight = cross_entropy(out.logits, labels)
-        return out.replace(loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight)
+        return out.replace(
+            loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight
+        )
 
     def encode(
         self,
@@ -244,8 +246,8 @@ class EncoderDecoderModel(nn.Module):
     ) -> EncoderOutput:
         """Run the encoder alone; arguments as in `__call__`. States are `[B, S, D_encoder]`."""
         trunk = self.config.encoder_trunk
-        _check_inputs("input_ids", input_ids, inputs_embeds, trunk)
-        _check_types(token_type_ids, trunk)
+        check_inputs("input_ids", input_ids, inputs_embeds, trunk)
+        check_types(token_type_ids, trunk)
         out = transformer(
             trunk,
             self._tree()["encoder"],
@@ -254,7 +256,7 @@ class EncoderDecoderModel(nn.Module):
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             token_type_ids=token_type_ids,
-            position_ids=_position_ids(position_ids, trunk),
+            position_ids=trunk_positions(position_ids, trunk),
             dtype=self.dtype,
             dropout_key=None if deterministic else self.make_rng("dropout"),
             output_hidden_states=output_hidden_states,
@@ -281,7 +283,7 @@ class EncoderDecoderModel(nn.Module):
         if not isinstance(encoder_outputs, EncoderOutput):
             encoder_outputs = EncoderOutput(encoder_outputs)
         trunk, params = self.config.decoder_trunk, self._tree()
-        _check_inputs("decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk)
+        check_inputs("decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk)
         out = transformer(
             trunk,
             params["decoder"],
@@ -289,7 +291,7 @@ class EncoderDecoderModel(nn.Module):
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             segment_ids=decoder_segment_ids,
-            position_ids=_position_ids(decoder_position_ids, trunk),
+            position_ids=trunk_positions(decoder_position_ids, trunk),
             encoder_states=project(params, encoder_outputs.last_hidden_state.astype(self.dtype)),
             encoder_mask=encoder_attention_mask,
             encoder_segment_ids=encoder_segment_ids,
@@ -422,7 +424,8 @@ def _check_ids(name: str, ids: Any, size: int, also: int | None = None) -> None:
         )
 
 
-def _check_inputs(name: str, ids: Any, embeds: Any, trunk: TransformerConfig) -> None:
+def check_inputs(name: str, ids: Any, embeds: Any, trunk: TransformerConfig) -> None:
+    """Refuse tokens `[batch, length]` that are missing, too long or outside the vocabulary."""
     if (ids is None) == (embeds is None):
         given = "neither" if ids is None else "both"
         embeds_name = name.replace("input_ids", "inputs_embeds")
@@ -439,7 +442,8 @@ def _check_inputs(name: str, ids: Any, embeds: Any, trunk: TransformerConfig) ->
         )
 
 
-def _check_types(types: Any, trunk: TransformerConfig) -> None:
+def check_types(types: Any, trunk: TransformerConfig) -> None:
+    """Refuse token types that the trunk has no rows for."""
     if types is None:
         return
     if not trunk.embedding.types:
@@ -447,8 +451,11 @@ def _check_types(types: Any, trunk: TransformerConfig) -> None:
     _check_ids("token_type_ids", types, trunk.embedding.types)
 
 
-def _position_ids(ids: jax.Array | None, trunk: TransformerConfig) -> jax.Array | None:
-    # Published models that skip pads number the table's rows themselves; the trunk counts from 0.
+def trunk_positions(ids: jax.Array | None, trunk: TransformerConfig) -> jax.Array | None:
+    """Position ids as published models take them -> as the trunk counts them, from zero.
+
+    Models that skip pads (RoBERTa) number the rows of their table.
+    """
     position = trunk.embedding.position
     if ids is None or position is None or position.pad_token_id is None:
         return ids

@@ -170,12 +170,16 @@ class EncoderDecoderConfig:
     @property
     def encoder_trunk(self) -> TransformerConfig:
         """The encoder's trunk."""
-        return self.encoder.whole_trunk("encoder") if self.whole else self.encoder.to_trunk("encoder")
+        return (
+            self.encoder.whole_trunk("encoder") if self.whole else self.encoder.to_trunk("encoder")
+        )
 
     @property
     def decoder_trunk(self) -> TransformerConfig:
         """The decoder's trunk, with cross-attention and head."""
-        return self.decoder.whole_trunk("decoder") if self.whole else self.decoder.to_trunk("decoder")
+        return (
+            self.decoder.whole_trunk("decoder") if self.whole else self.decoder.to_trunk("decoder")
+        )
 
     @property
     def projects(self) -> bool:

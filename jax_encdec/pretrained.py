@@ -244,8 +244,12 @@ def join(
     if dtype == "auto":
         raise InputError("two files may differ in dtype: name one, such as 'float32'")
     sides = {
-        "encoder": _Side.of("encoder", encoder, encoder_config, encoder_layers, revision, cache_dir),
-        "decoder": _Side.of("decoder", decoder, decoder_config, decoder_layers, revision, cache_dir),
+        "encoder": _Side.of(
+            "encoder", encoder, encoder_config, encoder_layers, revision, cache_dir
+        ),
+        "decoder": _Side.of(
+            "decoder", decoder, decoder_config, decoder_layers, revision, cache_dir
+        ),
     }
     for name, value in fields.items():
         role, _, field = name.partition("_")
@@ -332,7 +336,9 @@ class _Side:
                 # The side on its own: complete, whatever the pair shares.
                 untied = config.replace(tie_encoder_decoder=False)
                 declared = {
-                    p: leaf for p, leaf in flatten_dict(model_params(untied)).items() if p[0] == role
+                    p: leaf
+                    for p, leaf in flatten_dict(model_params(untied)).items()
+                    if p[0] == role
                 }
                 side: FamilyConfig = getattr(config, role)
                 part = tables.standalone_part(

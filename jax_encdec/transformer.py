@@ -314,9 +314,7 @@ def _run(
 
             numbers = first + size * jnp.arange(segment.repeat, dtype=jnp.int32)
             if segment.share:
-                x, ys = jax.lax.scan(
-                    lambda x, n, p=period, body=body: body(x, (p, n)), x, numbers
-                )
+                x, ys = jax.lax.scan(lambda x, n, p=period, body=body: body(x, (p, n)), x, numbers)
             else:
                 x, ys = jax.lax.scan(body, x, (period, numbers))
             traces += [
@@ -405,7 +403,9 @@ def _keys_values(
     if cached is None:
         return new
     start = (0, 0, call.cache_slot, 0)
-    return KV(*(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True)))
+    return KV(
+        *(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True))
+    )
 
 
 def _attend(

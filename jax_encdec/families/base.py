@@ -149,9 +149,7 @@ def _plain(value: Any) -> Any:
 def _checked(where: str, value: Any, annotation: Any) -> Any:
     """Check a JSON value against a field's annotation; integers pass as floats, lists as tuples."""
     options = (
-        typing.get_args(annotation)
-        if isinstance(annotation, types.UnionType)
-        else (annotation,)
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     )
     for option in options:
         if option is type(None) and value is None:

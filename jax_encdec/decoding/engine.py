@@ -1,0 +1,349 @@
+"""`generate`: a model bound to a search, compiled whole.
+
+One jitted function encodes the source, projects the decoder's cross-attention keys and values,
+and runs the search. Static are the model and the search's structure; every number is traced, and
+lengths are rounded up a ladder, so that a changed option or a longer text rarely compiles anew.
+
+Beams share one pool of keys and values per row: step t of beam k writes slot `t * K + k`, and
+never moves. What a beam may see is its own path through the pool, K numbers per step, which is all
+that reordering beams has to touch.
+
+Axis letters: B batch, S source length, T capacity in target tokens, K beams, R returned sequences.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_encdec.config import TransformerConfig
+from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.decoding.search import SearchOutput, SearchSpec, SearchValues, prepare, search
+from jax_encdec.encoder_decoder import (
+    EncoderOutput,
+    check_inputs,
+    check_types,
+    project,
+    resolve_ids,
+    trunk_positions,
+    with_aliases,
+)
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.errors import ConfigError, InputError, nearest
+from jax_encdec.tokenization import bucket_length
+from jax_encdec.transformer import (
+    LayerCache,
+    decode_step,
+    init_caches,
+    transformer,
+    unstack,
+)
+
+if TYPE_CHECKING:
+    from jax_encdec.encoder_decoder import EncoderDecoderModel
+
+
+@flax.struct.dataclass
+class GenerationOutput:
+    """Generated sequences; the R sequences of one source stand together, best first."""
+
+    sequences: jax.Array
+    """`[B * R, length]` int32: the decoder prompt, what was generated, then pads."""
+    sequences_scores: jax.Array
+    """`[B * R]` float32. Beams: sum of log-probabilities over `generated length **
+    length_penalty`; greedy and samples: sum of log-probabilities."""
+    lengths: jax.Array
+    """`[B * R]` int32: tokens before the pads, prompt and end token included."""
+
+
+class _Source(NamedTuple):
+    """What is decoded from; either tokens or ready states are given."""
+
+    input_ids: jax.Array | None
+    mask: jax.Array | None
+    token_type_ids: jax.Array | None
+    position_ids: jax.Array | None
+    states: jax.Array | None
+
+
+class _Pool(NamedTuple):
+    """The decoder's state between steps."""
+
+    caches: tuple[LayerCache, ...]
+    path: jax.Array
+    """`[B, K, T]` int32: which of the K slots of step t lies on beam k's path."""
+    pads: jax.Array
+    """`[B]` int32: pads in the decoder prompt, which take no position in tables that skip them."""
+
+
+def generate(
+    model: EncoderDecoderModel,
+    params: Any,
+    input_ids: Any = None,
+    *,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    position_ids: Any = None,
+    encoder_outputs: EncoderOutput | jax.Array | None = None,
+    decoder_input_ids: Any = None,
+    generation_config: GenerationConfig | None = None,
+    key: jax.Array | None = None,
+    **options: Any,
+) -> GenerationOutput:
+    """Generate target sequences, greedily, by sampling, or with beams.
+
+    Outside a trace, arguments are checked, lengths are rounded up a ladder of sizes, and the result
+    is cropped to the longest sequence. Under a trace (inside somebody's `jit`, `vmap`, ...) shapes
+    stay fixed: the result is as long as `max_length` allows.
+
+    Args:
+        params: the model's parameters.
+        input_ids: source tokens `[B, S]`.
+        attention_mask: `[B, S]` of 0/1; by default nothing is hidden.
+        token_type_ids, position_ids: `[B, S]`, for the encoder.
+        encoder_outputs: of an earlier `encode`, instead of `input_ids`.
+        decoder_input_ids: what every target begins with, `[B, P]`; the start token is put before
+            it unless all rows begin with it. By default the start token alone.
+        generation_config: instead of the model's own.
+        key: a random key, needed for `do_sample=True`; row i draws from `fold_in(key, i)`.
+        **options: fields of `GenerationConfig`, over the configuration's.
+
+    Raises:
+        InputError: an option or input that cannot be used, with what was expected and got.
+        ConfigError: the start token is nowhere defined.
+    """
+    config = model.config
+    trunk = config.decoder_trunk
+    settings = (generation_config or model.generation_config).replace(
+        **{_checked_name(name): value for name, value in options.items()}
+    )
+    settings = _with_ids(settings, config)
+    source = _source(
+        model, input_ids, attention_mask, token_type_ids, position_ids, encoder_outputs
+    )
+    batch = jnp.shape(source.input_ids if source.states is None else source.states)[0]
+    prompt = _prompt(decoder_input_ids, settings, batch, trunk)
+    traced = any(
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, source, prompt, key))
+    )
+    full = settings.resolved(prompt.shape[1])
+    assert full.max_length is not None
+    # The last token is never fed back, so it needs no position.
+    if trunk.max_length is not None and full.max_length - 1 > trunk.max_length:
+        raise InputError(
+            f"max_length is {full.max_length}, but the decoder has positions for "
+            f"{trunk.max_length + 1} tokens; lower max_length or max_new_tokens"
+        )
+    capacity = full.max_length
+    if not traced:
+        capacity = bucket_length(full.max_length)
+        source = _bucketed(source, config.encoder_trunk)
+    spec, values = prepare(
+        settings,
+        vocab_size=trunk.embedding.vocab,
+        prompt_length=prompt.shape[1],
+        capacity=capacity,
+    )
+    found = _generate(config, model.dtype, spec, params, source, prompt, values, key)
+    out = GenerationOutput(*(x.reshape(-1, *x.shape[2:]) for x in found))
+    if traced:
+        return out
+    return out.replace(sequences=out.sequences[:, : int(jnp.max(out.lengths))])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    config: EncoderDecoderConfig,
+    dtype: Any,
+    spec: SearchSpec,
+    params: Any,
+    source: _Source,
+    prompt: jax.Array,
+    values: SearchValues,
+    key: jax.Array | None,
+) -> SearchOutput:
+    params = with_aliases(config, params)
+    states = source.states
+    if states is None:
+        states = transformer(
+            config.encoder_trunk,
+            params["encoder"],
+            source.input_ids,
+            attention_mask=source.mask,
+            token_type_ids=source.token_type_ids,
+            position_ids=source.position_ids,
+            dtype=dtype,
+        ).last_hidden_state
+    states = project(params, states.astype(dtype))
+    trunk = config.decoder_trunk
+    decoder = unstack(trunk, params["decoder"])
+    lanes = spec.num_beams if spec.num_beams > 1 else spec.num_return_sequences
+    batch, capacity = states.shape[0], spec.capacity
+    position_table = trunk.embedding.position
+    skipped = None if position_table is None else position_table.pad_token_id
+    pads = jnp.zeros(batch, jnp.int32)
+    if skipped is not None:
+        pads = jnp.sum(prompt == skipped, axis=1, dtype=jnp.int32)
+
+    def step(
+        pool: _Pool, tokens: jax.Array, parents: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, _Pool]:
+        path = jnp.take_along_axis(pool.path, parents[:, :, None], axis=1)
+        own = jnp.broadcast_to(jnp.arange(lanes, dtype=jnp.int32), (batch, lanes))
+        path = jax.lax.dynamic_update_index_in_dim(path, own, position, axis=2)
+        slots = jnp.arange(lanes, dtype=jnp.int32)
+        live = (jnp.arange(capacity) <= position)[:, None]
+        visible = (path[..., None] == slots) & live  # [B, K, T, K]
+        places = jnp.broadcast_to(position, tokens.shape)
+        if skipped is not None:
+            places = jnp.where(tokens == skipped, -1, position - pool.pads[:, None])
+        scores, caches = decode_step(
+            trunk,
+            decoder,
+            tokens,
+            pool.caches,
+            position=position,
+            token_positions=places,
+            visible=visible.reshape(batch, lanes, capacity * lanes),
+            encoder_mask=source.mask,
+            dtype=dtype,
+        )
+        return scores, _Pool(caches, path, pool.pads)
+
+    pool = _Pool(
+        caches=init_caches(trunk, decoder, states, slots=capacity * lanes),
+        path=jnp.zeros((batch, lanes, capacity), jnp.int32),
+        pads=pads,
+    )
+    return search(
+        step,
+        pool,
+        prompt,
+        spec=spec,
+        values=values,
+        source_ids=source.input_ids,
+        source_mask=source.mask,
+        key=key,
+    )
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+_ARGUMENTS = ("attention_mask", "token_type_ids", "position_ids", "encoder_outputs", "key",
+              "decoder_input_ids", "generation_config")  # fmt: skip
+
+
+def _checked_name(name: str) -> str:
+    # `nearest` in GenerationConfig knows options only; catch misspelt arguments here.
+    hint = nearest(name, _ARGUMENTS)
+    if name not in GenerationConfig.__dataclass_fields__ and hint:
+        raise InputError(f"generate has no argument {name!r}{hint}")
+    return name
+
+
+def _with_ids(settings: GenerationConfig, config: EncoderDecoderConfig) -> GenerationConfig:
+    """Fill in the special ids from wherever they are defined; only the start is indispensable."""
+    found = {}
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(settings, name) is not None:
+            continue
+        try:
+            ids = resolve_ids(name, settings, config)
+        except ConfigError:
+            if name == "decoder_start_token_id":
+                raise
+            continue
+        found[name] = ids if len(ids) > 1 else ids[0]
+    return settings.replace(**found)
+
+
+def _source(
+    model: EncoderDecoderModel,
+    input_ids: Any,
+    mask: Any,
+    token_type_ids: Any,
+    position_ids: Any,
+    encoder_outputs: EncoderOutput | jax.Array | None,
+) -> _Source:
+    states = encoder_outputs
+    if isinstance(states, EncoderOutput):
+        states = states.last_hidden_state
+    trunk = model.config.encoder_trunk
+    if states is None:
+        check_inputs("input_ids", input_ids, None, trunk)
+        check_types(token_type_ids, trunk)
+        input_ids = jnp.asarray(input_ids, jnp.int32)
+    elif input_ids is not None:
+        input_ids = jnp.asarray(input_ids, jnp.int32)
+    shape = jnp.shape(input_ids if states is None else states)[:2]
+    if 0 in shape:
+        raise InputError(f"the source must not be empty; got shape {list(shape)}")
+    for name, value in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
+        if value is not None and jnp.shape(value) != shape:
+            raise InputError(
+                f"{name} must have the source's shape {list(shape)}; got {list(jnp.shape(value))}"
+            )
+    return _Source(
+        input_ids=input_ids,
+        mask=jnp.ones(shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32),
+        token_type_ids=token_type_ids,
+        position_ids=trunk_positions(position_ids, trunk),
+        states=states,
+    )
+
+
+def _bucketed(source: _Source, trunk: TransformerConfig) -> _Source:
+    """Pad the source on the right, hidden, up to a length of the ladder."""
+    shape = jnp.shape(source.input_ids if source.states is None else source.states)
+    extra = bucket_length(shape[1], limit=trunk.max_length) - shape[1]
+    if extra <= 0:
+        return source
+
+    def widen(x: Any, value: int = 0) -> Any:
+        if x is None:
+            return None
+        pads = [(0, 0), (0, extra)] + [(0, 0)] * (jnp.ndim(x) - 2)
+        return np.pad(np.asarray(x), pads, constant_values=value)
+
+    position = trunk.embedding.position
+    pad = position.pad_token_id if position is not None else None
+    return _Source(
+        input_ids=widen(source.input_ids, pad or 0),
+        mask=widen(source.mask),
+        token_type_ids=widen(source.token_type_ids),
+        position_ids=widen(source.position_ids),
+        states=widen(source.states),
+    )
+
+
+def _prompt(
+    decoder_input_ids: Any, settings: GenerationConfig, batch: int, trunk: TransformerConfig
+) -> jax.Array:
+    """The decoder prompt `[B, P]`, start token first."""
+    start = settings.decoder_start_token_id
+    assert start is not None
+    opening = jnp.full((batch, 1), start, jnp.int32)
+    if decoder_input_ids is None:
+        return opening
+    check_inputs("decoder_input_ids", decoder_input_ids, None, trunk)
+    given = jnp.asarray(decoder_input_ids, jnp.int32)
+    if given.shape[0] != batch:
+        raise InputError(
+            f"decoder_input_ids must have the source's {batch} rows; got {given.shape[0]}"
+        )
+    if isinstance(given, jax.core.Tracer):
+        return given  # Its values are unknown: it is taken as it is.
+    begins = np.asarray(given[:, 0]) == start
+    if begins.all():
+        return given
+    if begins.any():
+        raise InputError(
+            f"some rows of decoder_input_ids begin with the start token {start} and some do not; "
+            f"begin all rows with it, or none"
+        )
+    return jnp.concatenate([opening, given], axis=1)
