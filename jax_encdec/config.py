@@ -49,7 +49,7 @@ class BucketBias:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head attention; with `kv_heads < heads`, grouped-query attention (Ainslie et al. 2023).
+    """Multi-head or, with `kv_heads < heads`, grouped-query attention (Ainslie et al. 2023).
 
     `source` says where keys and values come from: the trunk's own states or the encoder's.
     """
@@ -89,7 +89,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """Two dense layers around an activation; `gated`: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+    """Two dense layers; `gated`: `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
 
     width: int
     activation: str
@@ -197,7 +197,7 @@ class Dropout:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A published tensor that the forward pass never reads, carried so that saving loses nothing."""
+    """A published tensor that nothing here reads, carried so that saving loses nothing."""
 
     name: str
     shape: tuple[int, ...]

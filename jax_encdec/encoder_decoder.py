@@ -9,7 +9,6 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 

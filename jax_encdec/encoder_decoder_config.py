@@ -71,9 +71,8 @@ class EncoderDecoderConfig:
                 f"the decoder's cross_attention_hidden_size must equal the encoder's hidden size "
                 f"{self.encoder.width}; got {stated}"
             )
-        if self.whole:
-            if self.encoder != self.decoder:
-                raise ConfigError("a whole model has one configuration for both halves")
+        if self.whole and self.encoder != self.decoder:
+            raise ConfigError("a whole model has one configuration for both halves")
         if self.tie_encoder_decoder:
             self._check_tied()
 

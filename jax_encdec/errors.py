@@ -1,4 +1,4 @@
-"""What goes wrong through somebody's input: one clear sentence, never a stack trace from deep inside.
+"""What goes wrong through somebody's input: one clear sentence, never a deep stack trace.
 
 Every error that a user can cause is one of these. The command line prints the message and exits
 with code 2; in Python they are ordinary `ValueError`s.

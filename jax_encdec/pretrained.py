@@ -132,7 +132,7 @@ def plan_pair(
         broken = plan.broken_ties(source)
         if not broken:
             return config, plan, replace(plan.report, notes=notes)
-        path, one, other = broken[0]
+        _, one, other = broken[0]
         note = (
             f"{where} is configured as tied, but {one} and {other} differ; they were loaded "
             f"as untied parameters"

@@ -19,9 +19,9 @@ VOCAB = {"encoder": 61, "decoder": 53}
 POSITIONS = 48
 
 
-def family_config(family: str, role: str, hidden: int = 16, tied: bool = True, **more):
+def family_config(family, role, hidden=16, tied=True, vocab=None, **more):
     """A tiny published configuration of a family."""
-    vocab = VOCAB[role]
+    vocab = vocab or VOCAB[role]
     flags = {"is_decoder": True, "add_cross_attention": True} if role == "decoder" else {}
     if family == "gpt2":
         return transformers.GPT2Config(
@@ -65,11 +65,11 @@ def randomize(model, seed: int, scale: float = 0.35):
 
 
 def torch_pair(
-    encoder: str, decoder: str, *, hidden=(16, 16), tied: bool = True, seed: int = 0, **more
+    encoder: str, decoder: str, *, hidden=(16, 16), tied=True, seed=0, vocab=None, **more
 ):
     """A random EncoderDecoderModel; parts are assembled by hand where PyTorch cannot."""
-    enc = family_config(encoder, "encoder", hidden[0])
-    dec = family_config(decoder, "decoder", hidden[1], tied, **more)
+    enc = family_config(encoder, "encoder", hidden[0], vocab=vocab)
+    dec = family_config(decoder, "decoder", hidden[1], tied, vocab, **more)
     torch.manual_seed(seed)
     if encoder == "bart":
         enc_model = transformers.BartModel(enc).encoder
@@ -107,3 +107,81 @@ def as_torch(x):
 
 def clone(model):
     return copy.deepcopy(model)
+
+
+def from_torch(model):
+    """The same model here, through a saved folder: (model, params)."""
+    import tempfile
+
+    from jax_encdec import EncoderDecoderModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return EncoderDecoderModel.from_pretrained(folder)
+
+
+def assert_same_tokens(model, ours, params, ids, mask, **options):
+    """Generate with both: same tokens up to near-ties of the oracle, same scores with beams.
+
+    A row may differ where the oracle's own float64 margin at the first difference is under 1e-4.
+    Returns the number of such rows.
+    """
+    with torch.no_grad():
+        theirs = model.generate(
+            input_ids=as_torch(ids),
+            attention_mask=as_torch(mask),
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+    found = ours.generate(params, ids, attention_mask=mask, **options)
+    sequences, lengths = np.asarray(found.sequences), np.asarray(found.lengths)
+    expected = theirs.sequences.numpy()
+    assert len(sequences) == len(expected)
+    ties = 0
+    for row, length in enumerate(lengths):
+        # After the end both pad, the oracle sometimes with the wrong token.
+        same = expected.shape[1] >= length and np.array_equal(
+            sequences[row, :length], expected[row, :length]
+        )
+        same = same and (length == expected.shape[1] or _ended(model, expected[row], length))
+        if not same:
+            margin = near_tie(model, ids, mask, row, sequences[row], expected[row], options)
+            assert margin < 1e-4, (row, sequences[row], expected[row], margin)
+            ties += 1
+    if options.get("num_beams", 1) > 1 and not ties:
+        np.testing.assert_allclose(
+            np.asarray(found.sequences_scores), theirs.sequences_scores.numpy(), atol=1e-4
+        )
+    return ties
+
+
+def _ended(model, sequence, length):
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    rest = set(sequence[length:].tolist())
+    return not rest or rest <= {*eos, model.generation_config.pad_token_id}
+
+
+def near_tie(model, ids, mask, row, ours, theirs, options):
+    """How far apart the oracle, in float64, scores the two answers of a row."""
+    exact = copy.deepcopy(model).double()
+    beams = options.get("num_beams", 1)
+    at = int(np.argmax(ours[: len(theirs)] != theirs[: len(ours)]))
+    source = row // options.get("num_return_sequences", 1)
+    given = {
+        "input_ids": as_torch(ids[source : source + 1]),
+        "attention_mask": as_torch(mask[source : source + 1]),
+    }
+    with torch.no_grad():
+        if beams == 1:
+            logits = exact(**given, decoder_input_ids=as_torch(theirs[None, :at])).logits[0, -1]
+            return abs(float(logits[int(ours[at])] - logits[int(theirs[at])]))
+        scores = []
+        for answer in (ours, theirs):
+            prefix = as_torch(answer[None])
+            logits = exact(**given, decoder_input_ids=prefix[:, :-1]).logits.log_softmax(-1)
+            picked = logits.gather(-1, prefix[:, 1:, None])[0, :, 0]
+            scores.append(float(picked[: at + 1].sum()))
+        return abs(scores[0] - scores[1])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,12 @@ V = 100
 
 
 def test_is_hashable_and_lists_become_tuples():
-    config = GenerationConfig(eos_token_id=[1, 2], bad_words_ids=[[1], [2, 3]], num_beams=np.int64(4))
+    options: Any = {
+        "eos_token_id": [1, 2],
+        "bad_words_ids": [[1], [2, 3]],
+        "num_beams": np.int64(4),
+    }
+    config = GenerationConfig(**options)
     assert config == GenerationConfig(
         eos_token_id=(1, 2), bad_words_ids=((1,), (2, 3)), num_beams=4
     )
@@ -136,6 +142,7 @@ def test_from_dict_and_to_dict_are_inverse(data):
     )
 )
 def test_any_json_gives_a_usable_config_or_one_clear_error(data):
+    message = "got nothing to complain about"
     try:
         config = GenerationConfig.from_dict(data)
         hash(config)
@@ -143,8 +150,9 @@ def test_any_json_gives_a_usable_config_or_one_clear_error(data):
         config.validate(V)
         config.resolved()
     except (ConfigError, InputError) as error:
-        assert "\n" not in str(error)
-        assert "got" in str(error) or "raise" in str(error) or "suppress" in str(error)
+        message = str(error)
+    assert "\n" not in message
+    assert any(word in message for word in ("got", "raise", "remove"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,9 @@ def test_replace_refuses_what_it_cannot_do(options, message):
 
 def test_neutral_values_of_other_options_are_accepted_and_override_the_file():
     config = GenerationConfig.from_dict({"typical_p": 0.5, "num_beams": 2})
-    with pytest.raises(InputError, match=r"file sets 'typical_p' to 0.5.*override it with typical_p"):
+    with pytest.raises(
+        InputError, match=r"file sets 'typical_p' to 0.5.*override it with typical_p"
+    ):
         config.validate(V)
     config = config.replace(typical_p=1.0, use_cache=True, num_beam_groups=1, min_p=None)
     config.validate(V)

@@ -21,9 +21,9 @@ def random_context(rng, B, K, cur_len, T=16, S=9, prompt_length=1, alphabet=7):
     sequences = rng.integers(0, alphabet, size=(B, K, T)).astype(np.int32)
     return Context(
         sequences=jnp.asarray(sequences),
-        cur_len=np.int32(cur_len),
-        prompt_length=np.int32(prompt_length),
-        max_length=np.int32(T),
+        cur_len=jnp.int32(cur_len),
+        prompt_length=jnp.int32(prompt_length),
+        max_length=jnp.int32(T),
         source_ids=jnp.asarray(rng.integers(0, alphabet, size=(B, S)).astype(np.int32)),
         source_mask=jnp.ones((B, S), jnp.int32),
     )
@@ -171,34 +171,36 @@ def random_options(rng) -> dict:
     return options
 
 
-def check_chains(seed: int, draws: int):
+def check_chain(seed: int, draws: int):
     rng = np.random.default_rng(seed)
+    options = random_options(rng)
+    beams, prompt_length = options["num_beams"], int(rng.choice([1, 1, 4]))
     for draw in range(draws):
-        options = random_options(rng)
-        B, K = 2, int(options["num_beams"])  # few shapes: run one operation at a time
-        prompt_length = int(rng.choice([1, 1, 4]))
-        context = random_context(
-            rng, B, K, int(rng.integers(prompt_length, 16)), prompt_length=prompt_length
-        )
-        scores = random_scores(rng, B, K, beams=K > 1)
-        with jax.disable_jit():  # every chain is another program
-            assert_agrees(options, scores, context, f"seed {seed} draw {draw} {options}")
+        cur_len = int(rng.choice([prompt_length, prompt_length + 1, 8, 11, 15]))
+        context = random_context(rng, 2, beams, cur_len, prompt_length=prompt_length)
+        scores = random_scores(rng, 2, beams, beams=beams > 1)
+        assert_agrees(options, scores, context, f"seed {seed} draw {draw} {options}")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_chains_agree_with_transformers(seed):
-    check_chains(seed, draws=15)
+    check_chain(seed, draws=8)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(100, 140))
+@pytest.mark.parametrize("seed", range(100, 500))
 def test_random_chains_agree_with_transformers_long(seed):
-    check_chains(seed, draws=50)
+    check_chain(seed, draws=20)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 5}, {"top_k": 0, "top_p": 0.6}, {"top_k": 20, "top_p": 0.8}, {"top_k": 9, "top_p": 0.1}],
+    [
+        {"top_k": 5},
+        {"top_k": 0, "top_p": 0.6},
+        {"top_k": 20, "top_p": 0.8},
+        {"top_k": 9, "top_p": 0.1},
+    ],
 )
 def test_of_equal_scores_as_many_survive_as_in_transformers(options):
     """Scores in steps of one half, as in half precision.  Which of equals goes is torch's whim."""
@@ -257,8 +259,8 @@ def test_source_padding_forms_no_ngrams_where_transformers_lets_it():
         got = ours(options, scores, padded)
         short = context._replace(
             sequences=context.sequences[1:],
-            source_ids=context.source_ids[1:, :5],
-            source_mask=context.source_mask[1:, :5],
+            source_ids=jnp.asarray(ids[1:, :5]),
+            source_mask=jnp.ones((1, 5), jnp.int32),
         )
         np.testing.assert_array_equal(got[1:], theirs(options, scores[1:], short))
 
@@ -268,14 +270,12 @@ def test_padding_on_the_left_of_the_source_is_the_same_to_us():
     context = random_context(rng, 2, 2, 6)
     scores = random_scores(rng, 2, 2, beams=True)
     wide = context._replace(
-        source_ids=jnp.pad(context.source_ids, ((0, 0), (3, 0))),
-        source_mask=jnp.pad(context.source_mask, ((0, 0), (3, 0))),
+        source_ids=jnp.pad(jnp.asarray(context.source_ids), ((0, 0), (3, 0))),
+        source_mask=jnp.pad(jnp.asarray(context.source_mask), ((0, 0), (3, 0))),
     )
     for n in (1, 2, 3):
         options = {"encoder_no_repeat_ngram_size": n}
-        np.testing.assert_array_equal(
-            ours(options, scores, wide), ours(options, scores, context)
-        )
+        np.testing.assert_array_equal(ours(options, scores, wide), ours(options, scores, context))
 
 
 def test_numbers_per_row_act_on_their_row():
@@ -308,7 +308,7 @@ def test_numbers_per_row_act_on_their_row():
     (spec, a), (other, b) = split(low, vocab_size=V), split(high, vocab_size=V)
     assert spec == other
     both = jax.tree.map(lambda x, y: np.stack([x, y]), a, b)
-    limits = np.array([9, 16], np.int32)
+    limits = jnp.array([9, 16], jnp.int32)
     got = PREPARED(spec, both, scores, context._replace(max_length=limits))
     for row, values in enumerate((a, b)):
         alone = PREPARED(spec, values, scores, context._replace(max_length=limits[row]))
@@ -327,7 +327,7 @@ def test_tokens_outside_the_logits_are_left_alone():
     """A decoder whose embedding is larger than its head may hold ids that cannot be scored."""
     scores = np.zeros((1, 1, V), np.float32)
     sequences = jnp.full((1, 1, 8), V + 5, jnp.int32)
-    context = Context(sequences, np.int32(6), np.int32(1), np.int32(8))
+    context = Context(sequences, jnp.int32(6), jnp.int32(1), jnp.int32(8))
     got = ours({"repetition_penalty": 2.0, "no_repeat_ngram_size": 1}, scores, context)
     np.testing.assert_array_equal(got, scores)
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +107,8 @@ def oracle_class():
             self,
             input_ids=None,
             attention_mask=None,
-            decoder_input_ids=None,
-            encoder_outputs=None,
+            decoder_input_ids: Any = None,
+            encoder_outputs: Any = None,
             return_dict=True,
             **unused,
         ):
@@ -189,7 +190,9 @@ def random_options(rng: np.random.Generator, structure: dict) -> dict:
         "length_penalty": float(rng.choice([-1.0, 0.0, 0.6, 1.0, 2.0])),
         "early_stopping": [False, True, "never"][rng.integers(3)],
     }
-    options |= {"max_length": longest} if rng.random() < 0.5 else {"max_new_tokens": longest - prompt}
+    options |= (
+        {"max_length": longest} if rng.random() < 0.5 else {"max_new_tokens": longest - prompt}
+    )
     if not eos:
         del options["eos_token_id"]
     if "ngram" in on:
@@ -230,9 +233,9 @@ def check_against_generate(seed: int, draws: int):
         assert_same(got, sequences, scores, f"seed {seed} draw {draw}: {options}")
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_generates_what_transformers_generates(seed):
-    check_against_generate(seed, draws=10)
+    check_against_generate(seed, draws=13)
 
 
 @pytest.mark.exhaustive
@@ -241,7 +244,7 @@ def test_generates_what_transformers_generates_long(seed):
     check_against_generate(seed, draws=12)
 
 
-@pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [-0.1, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_early_stopping_and_length_penalty_stop_where_transformers_stops(
     early_stopping, length_penalty
@@ -256,7 +259,7 @@ def test_early_stopping_and_length_penalty_stop_where_transformers_stops(
         "early_stopping": early_stopping,
         "length_penalty": length_penalty,
     }
-    for seed in range(4):
+    for seed in range(6):
         table = make_table(seed)
         table[..., 2] += 1.5
         assert_same(ours(table, ids, mask, options), *theirs(table, ids, options), str(seed))
@@ -333,6 +336,24 @@ def test_wide_beam_finds_the_best_of_all_sequences(length_penalty):
     np.testing.assert_allclose(out.sequences_scores[0], [score(s) for s in best], atol=1e-5)
 
 
+def test_of_equal_hypotheses_the_first_found_wins():
+    """`1 0` after one token, and `1 1 0` after two, have exactly the same probability."""
+    table = np.full((4, 3, 3), -np.inf, np.float32)
+    table[0, 1] = [0.0, 0.0, -np.inf]
+    table[1, 1] = [0.0, -np.inf, -np.inf]
+    table[:, 0] = 0.0
+
+    def markov(state, tokens, parents, position):
+        return jnp.asarray(table)[position, tokens], state
+
+    options: Any = {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.0}
+    config = GenerationConfig(eos_token_id=0, max_new_tokens=3, **options)
+    spec, values = prepare(config, vocab_size=3)
+    out = search(markov, None, jnp.ones((1, 1), jnp.int32), spec=spec, values=values)
+    assert out.lengths.tolist() == [[2, 3]]
+    np.testing.assert_allclose(out.sequences_scores, np.log([[0.5, 0.5]]), rtol=1e-6)
+
+
 # --- promises of our own ---------------------------------------------------------------------
 
 MODES = {
@@ -349,7 +370,12 @@ def test_a_row_alone_gives_what_it_gives_in_its_batch(mode):
     table[..., 2] += 1.5
     ids, mask = make_sources(np.random.default_rng(3), 5)
     mask[:, 4:] = np.arange(4, WIDTH) < np.array([[4], [5], [6], [7], [7]])
-    options = {"eos_token_id": 2, "max_length": 16, "encoder_no_repeat_ngram_size": 2, **MODES[mode]}
+    options = {
+        "eos_token_id": 2,
+        "max_length": 16,
+        "encoder_no_repeat_ngram_size": 2,
+        **MODES[mode],
+    }
     keys = jax.random.split(jax.random.key(7), 5)
     together = ours(table, ids, mask, options, key=keys)
     assert len(set(together.lengths[:, 0].tolist())) > 1  # rows end at different times

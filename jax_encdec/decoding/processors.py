@@ -74,9 +74,9 @@ class Context(NamedTuple):
     """What has been generated so far, and from what."""
 
     sequences: Array  # int32 [B, K, T], meaningful up to cur_len
-    cur_len: ArrayLike  # int32 scalar: tokens so far, prompt included
-    prompt_length: ArrayLike  # int32 scalar
-    max_length: ArrayLike  # int32, prompt included
+    cur_len: Array  # int32 scalar: tokens so far, prompt included
+    prompt_length: Array  # int32 scalar
+    max_length: Array  # int32, prompt included
     source_ids: Array | None = None  # int32 [B, S]
     source_mask: Array | None = None  # [B, S], 0 or False at padding
 
@@ -104,6 +104,7 @@ def split(config: GenerationConfig, *, vocab_size: int) -> tuple[ProcessorSpec, 
     full = config.resolved()
     eos = config.eos_token_ids
     sample = bool(full.do_sample)
+    top_p = 1.0 if full.top_p is None else full.top_p
     keep = 1 if full.num_beams == 1 else max(2, len(eos) + 1)
     # A single-token "bad word" that is an end-of-sequence id is dropped, as Transformers does.
     words = [w for w in config.bad_words_ids or () if not (len(w) == 1 and w[0] in eos)]
@@ -116,7 +117,7 @@ def split(config: GenerationConfig, *, vocab_size: int) -> tuple[ProcessorSpec, 
         "suppress": bool(config.suppress_tokens),
         "begin_suppress": bool(config.begin_suppress_tokens),
         "temperature": sample,
-        "top_p": sample and full.top_p < 1.0,
+        "top_p": sample and top_p < 1.0,
     }
     top_k = min(max(full.top_k, keep), vocab_size) if sample and full.top_k else 0
     ngram, encoder_ngram = full.no_repeat_ngram_size, full.encoder_no_repeat_ngram_size
@@ -151,15 +152,13 @@ def split(config: GenerationConfig, *, vocab_size: int) -> tuple[ProcessorSpec, 
         begin_suppress=table(spec.begin_suppress, config.begin_suppress_tokens),
         temperature=number(spec.temperature, full.temperature, f32),
         top_k=number(bool(top_k), top_k, i32),
-        top_p_tail=number(spec.top_p, 1.0 - full.top_p, f32),
+        top_p_tail=number(spec.top_p, 1.0 - top_p, f32),
         min_tokens_to_keep=number(spec.top_p, keep, i32),
     )
     return spec, values
 
 
-def process(
-    spec: ProcessorSpec, values: ProcessorValues, scores: Array, context: Context
-) -> Array:
+def process(spec: ProcessorSpec, values: ProcessorValues, scores: Array, context: Context) -> Array:
     """Apply the processors of `spec` to one step's scores.
 
     Args:

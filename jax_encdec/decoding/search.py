@@ -66,7 +66,7 @@ class SearchSpec:
     num_return_sequences: int = 1
     do_sample: bool = False
     num_eos: int = 1
-    processors: ProcessorSpec = ProcessorSpec()
+    processors: ProcessorSpec = dataclasses.field(default_factory=ProcessorSpec)
 
 
 class SearchValues(NamedTuple):
@@ -97,7 +97,11 @@ class SearchOutput(NamedTuple):
 
 
 def prepare(
-    config: GenerationConfig, *, vocab_size: int, prompt_length: int = 1, capacity: int | None = None
+    config: GenerationConfig,
+    *,
+    vocab_size: int,
+    prompt_length: int = 1,
+    capacity: int | None = None,
 ) -> tuple[SearchSpec, SearchValues]:
     """Validate a configuration and cut it into the static and the traced half of a search.
 
@@ -172,7 +176,7 @@ def search(
     """
     B, P = prompt.shape
     beams = spec.num_beams
-    if P > spec.capacity:
+    if spec.capacity < P:
         raise InputError(f"the prompt of {P} tokens exceeds the capacity of {spec.capacity}")
     if spec.do_sample and key is None:
         raise InputError("sampling (do_sample=True) needs a random key, got key=None")
@@ -351,15 +355,13 @@ def _beams(spec, values, score, state, sequences, identity, start, pad, keys) ->
         )
 
         # Finished: of the first K candidates, those that ended, merged with the ones we had.
-        full = jnp.all(finished.filled, axis=1, keepdims=True)
         ended = hit[:, :K]
-        accepted = ended & ~(full & (early == _EARLY_STOPPING[True]))
         ended_scores = normalise(candidates[:, :K], length)
         new_finished = _merge(
             finished,
             _Finished(
                 sequences=_extend(running.sequences, beam, token, identity, now.cur_len),
-                scores=jnp.where(accepted, ended_scores, ended_scores + _NEVER_FINISHED),
+                scores=jnp.where(ended, ended_scores, ended_scores + _NEVER_FINISHED),
                 lengths=jnp.full((B, K), length, jnp.int32),
                 filled=ended,
             ),

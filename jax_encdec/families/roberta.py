@@ -26,7 +26,7 @@ class RobertaConfig(BertConfig):
         pad, rows = self.pad_token_id, self.max_position_embeddings
         if pad is None or not 0 <= pad < rows - 1:
             raise ConfigError(
-                f"pad_token_id is the position table's padding row; expected 0..{rows - 2}, got {pad}"
+                f"pad_token_id is a row of the position table; expected 0..{rows - 2}, got {pad}"
             )
 
     def position_table(self) -> Learned:

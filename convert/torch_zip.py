@@ -1,0 +1,264 @@
+"""PyTorch checkpoints (`.bin`, `.pt`), read without PyTorch.
+
+Since 1.6 `torch.save` writes a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`...
+hold their storages, uncompressed. `open_torch_zip` finds those; `TorchTensors`, which any container
+of a pickle and storages can use, picks the state dict and reads views of storages. Like PyTorch, it
+does not look at the archive's checksums.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_encdec.convert.pickle_reader import MAX_BYTES, Opaque, Tensor, unpickle
+from jax_encdec.convert.tensor_source import (
+    BinaryFile,
+    TensorInfo,
+    TensorSource,
+    as_tensor,
+    names_of,
+    shape_problem,
+    short,
+)
+from jax_encdec.errors import CheckpointError
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of what `torch.save` wrote before 1.6."""
+MAX_EXPANDED = 1 << 26
+"""Bytes of a tensor larger than its storage (`expand`) that are always granted; a file may
+moreover ask for as many as it has itself. More is taken for an attack."""
+
+
+class TorchTensors(TensorSource):
+    """The state dict of a pickle, over storages that lie elsewhere in its file.
+
+    Args:
+        file: what the storages are read from.
+        root: the pickle's value.
+        storages: key -> (first byte, bytes) of each storage.
+
+    Raises:
+        CheckpointError: there is no state dict, or a tensor lies outside its storage.
+    """
+
+    def __init__(
+        self, file: BinaryFile, root: Any, storages: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self.path = file.path
+        self._file = file
+        self._storages = storages
+        state, self._ignored = _state_dict(root, str(self.path))
+        self._tensors = {
+            name: (tensor, self._checked(name, tensor)) for name, tensor in state.items()
+        }
+
+    def _checked(self, name: str, tensor: Tensor | Opaque) -> TensorInfo:
+        where = f"{self.path}: tensor {short(name)}"
+        if isinstance(tensor, Opaque):
+            raise CheckpointError(f"{where} {tensor.problem}")
+        storage, size = tensor.storage, tensor.dtype.itemsize
+        if storage.key not in self._storages:
+            raise CheckpointError(f"{where} needs storage {short(storage.key)}, which is not there")
+        have = self._storages[storage.key][1]
+        claimed = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+        if claimed > have:
+            raise CheckpointError(
+                f"{where} needs a storage of {short(claimed)} bytes; storage {short(storage.key)} "
+                f"has {have}"
+            )
+        if problem := shape_problem(tensor.shape, tensor.dtype):
+            raise CheckpointError(f"{where} {problem}")
+        info = TensorInfo(tensor.dtype, tensor.shape)
+        if info.nbytes and (tensor.offset + _span(tensor)) * size > claimed:
+            raise CheckpointError(
+                f"{where} reaches beyond its storage: shape {tensor.shape}, strides "
+                f"{short(tensor.strides)} and offset {short(tensor.offset)} in {claimed} bytes"
+            )
+        if info.nbytes > max(claimed, self._file.size, MAX_EXPANDED):
+            raise CheckpointError(
+                f"{where} is {info.nbytes} bytes expanded from a storage of {claimed}; this was "
+                f"refused, for it may be meant to exhaust the memory"
+            )
+        return info
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        if name not in self._tensors:
+            raise self._unknown(name)
+        return self._tensors[name][1]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.info(name)
+        tensor = self._tensors[name][0]
+        size = info.dtype.itemsize
+        # Of the storage, only what the view spans is read: its size was checked against the file.
+        span = _span(tensor) if info.nbytes else 0
+        start = self._storages[tensor.storage.key][0] + tensor.offset * size if span else 0
+        flat = as_tensor(self._file.read_array(start, span * size), TensorInfo(info.dtype, (span,)))
+        if _dense(tensor):
+            return flat.reshape(info.shape)
+        strides = [0 if n == 1 else s * size for n, s in _axes(tensor)]
+        # np.ndarray checks once more that the view stays within its buffer.
+        return np.ndarray(info.shape, info.dtype, flat, 0, tuple(strides)).copy(order="C")
+
+    def _identity(self, name: str) -> Hashable:
+        tensor = self._tensors[name][0]
+        return tensor.storage.key, tensor.dtype, tensor.offset, tensor.shape, tensor.strides
+
+    def ignored(self) -> dict[str, str]:
+        """Entries that are no tensors: name -> kind."""
+        return dict(self._ignored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Let go of the file; a later read opens it again."""
+        self._file.close()
+
+
+def _axes(tensor: Tensor) -> zip[tuple[int, int]]:
+    return zip(tensor.shape, tensor.strides, strict=True)
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements of storage from a non-empty view's first to its last, both included."""
+    return 1 + sum((n - 1) * s for n, s in _axes(tensor))
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether a view's elements lie in the storage in order and without gaps."""
+    if not math.prod(tensor.shape):
+        return True
+    expected = 1
+    for n, s in reversed(list(_axes(tensor))):
+        if n != 1 and s != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _state_dict(root: Any, where: str) -> tuple[dict[str, Tensor | Opaque], dict[str, str]]:
+    """Find the tensors: on top, or in the one nested dict that has some."""
+    if not isinstance(root, dict):
+        raise CheckpointError(f"{where} holds a {type(root).__name__}; expected a state dict")
+    prefix, state = "", root
+    if not any(map(_is_tensor, root.values())):
+        nested = {
+            key: value
+            for key, value in root.items()
+            if isinstance(value, dict) and any(map(_is_tensor, value.values()))
+        }
+        if len(nested) != 1:
+            found = f"{len(nested)} of them: {names_of(map(short, nested))}" if nested else "none"
+            raise CheckpointError(f"{where} must hold tensors or one state dict; found {found}")
+        [(key, state)] = nested.items()
+        prefix = f"{key}."
+    tensors = {name: value for name, value in state.items() if _is_tensor(value)}
+    ignored = {n: _kind(v) for n, v in root.items() if v is not state and not _is_tensor(v)}
+    if state is not root:
+        ignored |= {f"{prefix}{n}": _kind(v) for n, v in state.items() if not _is_tensor(v)}
+    return tensors, ignored
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, Opaque) and value.problem is not None)
+
+
+def _kind(value: Any) -> str:
+    return value.kind if isinstance(value, Opaque) else type(value).__name__
+
+
+# The zip archive ---------------------------------------------------------------------------------
+
+
+def open_torch_zip(file: BinaryFile) -> TorchTensors:
+    """Open what `torch.save` writes since 1.6.
+
+    Raises:
+        CheckpointError: the archive or its pickle is damaged, or no state dict.
+    """
+    where = str(file.path)
+    places = _entries(file)
+    pickles = [name for name in places if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            f"{where} is a zip archive but no PyTorch checkpoint: expected one data.pkl in it, "
+            f"found {len(pickles)} among {names_of(map(short, places))}"
+        )
+    top = pickles[0].removesuffix("data.pkl")
+    if f"{top}constants.pkl" in places:
+        raise CheckpointError(
+            f"{where} is a TorchScript program, not a state dict; save model.state_dict() instead"
+        )
+    order = f"{top}byteorder"
+    if order in places and (got := _content(file, places[order], order)) != b"little":
+        raise CheckpointError(
+            f"{where} was saved with byte order {short(got.decode('latin-1'))}; "
+            f"only little-endian files are supported"
+        )
+    root, _ = unpickle(_content(file, places[pickles[0]], pickles[0]), where)
+    prefix = f"{top}data/"
+    storages = {n.removeprefix(prefix): at for n, at in places.items() if n.startswith(prefix)}
+    return TorchTensors(file, root, storages)
+
+
+def _content(file: BinaryFile, place: tuple[int, int], name: str) -> bytes:
+    start, size = place
+    if size > MAX_BYTES:
+        raise CheckpointError(
+            f"{file.path}: its {short(name)} has {size} bytes; at most {MAX_BYTES} are read"
+        )
+    return file.read(start, size)
+
+
+def _entries(file: BinaryFile) -> dict[str, tuple[int, int]]:
+    """Where each entry's bytes lie: name -> (start, size), checked against the file."""
+    where = str(file.path)
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            listed, end_of_data = archive.infolist(), archive.start_dir
+    except Exception as error:
+        # Damage shows in many ways; zipfile does not promise which exceptions it raises.
+        raise CheckpointError(
+            f"{where} is damaged or incomplete: it starts like a zip archive, but "
+            f"{short(str(error) or type(error).__name__)}"
+        ) from None
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for entry in sorted(listed, key=lambda entry: entry.header_offset):
+        name, offset, size = entry.filename, entry.header_offset, entry.file_size
+        if name in places:
+            raise CheckpointError(f"{where} is damaged: two entries are called {short(name)}")
+        if entry.flag_bits & 0x1:
+            raise CheckpointError(f"{where}: its entry {short(name)} is encrypted")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
+            raise CheckpointError(
+                f"{where}: its entry {short(name)} is compressed, which torch.save never does"
+            )
+        if offset < end or offset + 30 > end_of_data:
+            raise CheckpointError(f"{where} is damaged: its entry {short(name)} overlaps others")
+        # The name and extra field before the data need not be as long as in the directory.
+        header = file.read(offset, 30)
+        start = offset + 30 + int.from_bytes(header[26:28], "little")
+        start += int.from_bytes(header[28:30], "little")
+        end = start + size
+        if header[:4] != b"PK\x03\x04" or end > end_of_data:
+            raise CheckpointError(
+                f"{where} is damaged or incomplete: its entry {short(name)} of {size} bytes is "
+                f"not where the archive's directory says"
+            )
+        places[name] = (start, size)
+    return places

@@ -1,0 +1,85 @@
+"""`jax-encdec convert`: a pair in any readable format to safetensors that PyTorch opens."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Any
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="write a pair as safetensors that PyTorch opens",
+        description="Write a pair, from any format that can be read, as a folder of safetensors "
+        "that PyTorch Transformers opens, tokenizer files included.",
+    )
+    parser.add_argument("src", metavar="SRC", help="folder, weight file or hub repository id")
+    parser.add_argument("dst", metavar="DST", help="folder to write, new or empty")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the written weights; auto: each as it is (default: auto)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file: 500MB, 2GiB, ... (default: 5GB)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DST")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print what was done; see `add_parser` for the arguments."""
+    from tqdm import tqdm
+
+    from jax_encdec.cli.inspect import amount, parameter_counts, table
+    from jax_encdec.convert.convert import convert
+
+    with tqdm(unit="tensor", disable=None, file=sys.stderr) as bar:
+
+        def progress(name: str, number: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(number - bar.n)
+
+        done = convert(
+            args.src,
+            args.dst,
+            dtype=args.dtype,
+            max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    kinds = ", ".join(f"{count} {name}" for name, count in done.dtypes.items())
+    print(f"{args.dst}: {amount(done.nbytes)}B of weights ({kinds} tensors)")
+    print(f"files: {', '.join(done.files)}")
+    print("parameters:")
+    print(table(parameter_counts(done.config), indent="  "))
+    for line in describe_report(done.report):
+        print(line)
+    return 0
+
+
+def describe_report(report: Any) -> list[str]:
+    """What became of the source's tensors, for people."""
+    lines = [f"source: {len(report.read)} tensors read, {len(report.ignored)} ignored"]
+    lines += [f"  ignored {name}: {reason}" for name, reason in report.ignored.items()]
+    lines += [f"  not in the source, and not written: {name}" for name in report.fresh]
+    return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def size(text: str) -> int:
+    """Parse `5GB`, `500MB`, `2GiB` or a number of bytes, for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    nbytes = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MiB; got {text!r}")
+    return nbytes
