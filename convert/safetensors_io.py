@@ -91,8 +91,8 @@ class SafetensorsFile(TensorSource):
         ):
             if begin != end:
                 raise CheckpointError(
-                    f"{self.path} is damaged: tensor {short(name)} starts at byte {begin} of the "
-                    f"data; expected {end}"
+                    f"{self.path} is damaged: tensor {short(name)} starts at byte "
+                    f"{short(begin)} of the data; expected {end}"
                 )
             end += info.nbytes
         have = file.size - self._start
@@ -155,7 +155,7 @@ def _entry(name: str, value: Any, path: Path) -> tuple[TensorInfo, int]:
     if offsets[1] - offsets[0] != info.nbytes:
         raise CheckpointError(
             f"{where} of dtype {kind} and shape {short(info.shape)} needs {info.nbytes} bytes; "
-            f"its data_offsets {offsets} give {offsets[1] - offsets[0]}"
+            f"its data_offsets {short(offsets)} give {short(offsets[1] - offsets[0])}"
         )
     return info, offsets[0]
 
@@ -183,9 +183,11 @@ def write_safetensors(
 ) -> list[Path]:
     """Save tensors as `model.safetensors`, or as numbered shards and an index if they are large.
 
-    Nothing appears under its final name before everything is written; after an exception the
-    folder is as it was. Weights of an earlier save that the new one replaces (its shards and
-    index, or its single file) are removed at the end.
+    Nothing appears under its final name before everything is written; after an exception until
+    then the folder is as it was. Should the renaming itself fail half-way, the folder is refused by
+    `open_tensors`, and never read as a mixture of two saves. Weights of an
+    earlier save that the new one replaces (its shards and index, or its single file) are removed
+    at the end.
 
     Args:
         folder: made if absent.

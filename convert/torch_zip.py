@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_encdec.convert.pickle_reader import MAX_BYTES, Opaque, Tensor, unpickle
+from jax_encdec.convert.pickle_reader import MAX_BYTES, unpickle
 from jax_encdec.convert.tensor_source import (
     BinaryFile,
     TensorInfo,
@@ -26,6 +26,7 @@ from jax_encdec.convert.tensor_source import (
     shape_problem,
     short,
 )
+from jax_encdec.convert.torch_names import Global, Opaque, Tensor
 from jax_encdec.errors import CheckpointError
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -54,11 +55,9 @@ class TorchTensors(TensorSource):
         self._file = file
         self._storages = storages
         state, self._ignored = _state_dict(root, str(self.path))
-        self._tensors = {
-            name: (tensor, self._checked(name, tensor)) for name, tensor in state.items()
-        }
+        self._tensors = {name: self._checked(name, tensor) for name, tensor in state.items()}
 
-    def _checked(self, name: str, tensor: Tensor | Opaque) -> TensorInfo:
+    def _checked(self, name: str, tensor: Tensor | Opaque) -> tuple[Tensor, TensorInfo]:
         where = f"{self.path}: tensor {short(name)}"
         if isinstance(tensor, Opaque):
             raise CheckpointError(f"{where} {tensor.problem}")
@@ -85,7 +84,7 @@ class TorchTensors(TensorSource):
                 f"{where} is {info.nbytes} bytes expanded from a storage of {claimed}; this was "
                 f"refused, for it may be meant to exhaust the memory"
             )
-        return info
+        return tensor, info
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
@@ -178,6 +177,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, Global):
+        return value.name
     return value.kind if isinstance(value, Opaque) else type(value).__name__
 
 

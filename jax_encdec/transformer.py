@@ -222,7 +222,8 @@ def embed(
 
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     # An id outside the table is NaN, never another row: JAX's default would clamp it.
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    rows = jnp.asarray(table).at[ids]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def transformer(
@@ -294,7 +295,7 @@ def _bias(
 ) -> jax.Array | None:
     if config.bucket_bias is None:
         return None
-    table = params["bucket_bias"].astype(jnp.float32)
+    table = jnp.asarray(params["bucket_bias"], jnp.float32)
     return attn.bucket_bias(config.bucket_bias, table, queries, keys)
 
 
@@ -399,9 +400,9 @@ def _keys_values(
             return cached
         assert call.encoder_states is not None
         return attn.keys_values(config, params, call.encoder_states.astype(h.dtype), None)
-    new = attn.keys_values(config, params, h, call.positions)
     if cached is None:
-        return new
+        return attn.keys_values(config, params, h, call.positions)
+    new = attn.keys_values(config, params, _rows_of(cached, h), call.positions)
     start = (0, 0, call.cache_slot, 0)
     return KV(
         *(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True))
@@ -424,10 +425,10 @@ def _attend(
             call.positions, call.key_positions, causal=False, window=config.window
         )
         mask = attn.both(mask, near)
-    return attn.attend(
+    y, weights = attn.attend(
         config,
         params,
-        h,
+        _rows_of(kv, h),
         kv,
         mask=mask,
         bias=call.bias if config.bucket_bias else None,
@@ -436,6 +437,12 @@ def _attend(
         dropout_rate=call.config.dropout.attention,
         dropout_key=key,
     )
+    return y.reshape(h.shape), weights
+
+
+def _rows_of(kv: KV, h: jax.Array) -> jax.Array:
+    """States `[B, Q, D]` by the rows that own the keys: the same, or `[B * Q, 1, D]` for lanes."""
+    return h.reshape(kv.key.shape[0], -1, h.shape[-1])
 
 
 def _feed_forward(
@@ -472,14 +479,16 @@ def init_caches(
     params: Params,
     encoder_states: jax.Array,
     *,
+    pools: int,
     slots: int,
 ) -> tuple[LayerCache, ...]:
     """Caches for decoding from encoder states `[B, S, D_encoder]`, one per layer.
 
-    Self-attention gets an empty pool of `slots` keys and values; cross-attention its keys and
-    values of the source, projected here, once, whatever the number of beams.
+    Self-attention gets `pools` empty pools of `slots` keys and values each: one per source, which
+    its beams share, or one per lane. Cross-attention gets the keys and values of the source,
+    projected here, once, however many lanes read them.
     """
-    batch, dtype = encoder_states.shape[0], encoder_states.dtype
+    dtype = encoder_states.dtype
     caches = []
     for i, segment in enumerate(config.segments):
         for period in params[f"segment_{i}"]:
@@ -492,7 +501,7 @@ def init_caches(
                         p = period[f"block_{j}"][sub.name]
                         cache[sub.name] = attn.keys_values(sub.f, p, encoder_states, None)
                     else:
-                        empty = jnp.zeros((batch, sub.f.groups, slots, sub.f.head_dim), dtype)
+                        empty = jnp.zeros((pools, sub.f.groups, slots, sub.f.head_dim), dtype)
                         cache[sub.name] = KV(empty, empty)
                 caches.append(cache)
     return tuple(caches)
@@ -510,21 +519,22 @@ def decode_step(
     encoder_mask: jax.Array | None,
     dtype: Any,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """Feed one token per beam, `tokens` `[B, K]`: float32 logits `[B, K, V]` and the new caches.
+    """Feed one token per lane, `tokens` `[B, K]`: float32 logits `[B, K, V]` and the new caches.
 
-    The pool's slot `t * K + k` belongs to beam k at step t.
+    Lanes are beams that share a source's pool of P = K lanes, slot `t * P + k` being beam k's at
+    step t; or they never mix and each has a pool of its own, P = 1.
 
     Args:
         params: a trunk's parameters, unstacked.
         position: scalar int32, the step t.
         token_positions: `[B, K]`, the tokens' positions for the embedding table.
-        visible: boolean `[B, K, slots]`: the slots on each beam's own path, this step's included.
+        visible: boolean `[B, K, slots]` for shared pools or `[B * K, 1, slots]` for own ones: the
+            slots on each lane's path, this step's included.
         encoder_mask: `[B, S]` of 0/1.
     """
-    beams = tokens.shape[1]
-    slots = visible.shape[-1]
-    queries = jnp.full((1, beams), position, jnp.int32)
-    keys = (jnp.arange(slots, dtype=jnp.int32) // beams)[None, :]
+    _, lanes, slots = visible.shape
+    queries = jnp.full((1, lanes), position, jnp.int32)
+    keys = (jnp.arange(slots, dtype=jnp.int32) // lanes)[None, :]
     call = _Call(
         config=config,
         positions=queries,
@@ -534,7 +544,7 @@ def decode_step(
         encoder_mask=None if encoder_mask is None else attn.padding_mask(encoder_mask),
         bias=_bias(config, params, queries, keys),
         dropout_key=None,
-        cache_slot=position * beams,
+        cache_slot=position * lanes,
         hidden_states=False,
         attentions=False,
     )

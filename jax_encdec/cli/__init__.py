@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax_encdec
 from jax_encdec.errors import EncDecError, InputError, nearest
 
-COMMANDS = ("demo", "generate", "inspect", "convert")
+COMMANDS = ("generate", "inspect", "convert")
 PROGRAM = "jax-encdec"
 
 

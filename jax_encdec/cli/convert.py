@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from typing import Any
@@ -63,17 +64,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"files: {', '.join(done.files)}")
     print("parameters:")
     print(table(parameter_counts(done.config), indent="  "))
-    for line in describe_report(done.report):
-        print(line)
+    print(f"source: {dataclasses.replace(done.report, fresh=())}")
+    if done.report.fresh:
+        print(f"not in the source, and not written: {', '.join(done.report.fresh)}")
     return 0
-
-
-def describe_report(report: Any) -> list[str]:
-    """What became of the source's tensors, for people."""
-    lines = [f"source: {len(report.read)} tensors read, {len(report.ignored)} ignored"]
-    lines += [f"  ignored {name}: {reason}" for name, reason in report.ignored.items()]
-    lines += [f"  not in the source, and not written: {name}" for name in report.fresh]
-    return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
 def size(text: str) -> int:

@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate; see `add_parser` for the arguments."""
     names = [field.name for field in generation_fields()]
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    # What is wrong by itself shows before anything is loaded; the rest when the model is known.
-    GenerationConfig().replace(**options).validate()
+    GenerationConfig().replace(**options)
     records = _records(args)
     with _output(args.output) as file:
         texts = [record.text for record in records]
@@ -145,8 +144,12 @@ def _generate(
 ) -> list[list[str]]:
     import jax
 
+    from jax_encdec import hub
     from jax_encdec.pipeline import Text2TextPipeline, TextError
+    from jax_encdec.pretrained import read_configs
 
+    config, defaults = read_configs(hub.resolve(args.model))
+    defaults.replace(**options).validate(config.decoder.vocab_size)
     pipe = Text2TextPipeline.from_pretrained(args.model, dtype=args.dtype)
     try:
         results = pipe(

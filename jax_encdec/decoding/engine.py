@@ -4,9 +4,9 @@ One jitted function encodes the source, projects the decoder's cross-attention k
 and runs the search. Static are the model and the search's structure; every number is traced, and
 lengths are rounded up a ladder, so that a changed option or a longer text rarely compiles anew.
 
-Beams share one pool of keys and values per row: step t of beam k writes slot `t * K + k`, and
-never moves. What a beam may see is its own path through the pool, K numbers per step, which is all
-that reordering beams has to touch.
+Beams of a source share one pool of keys and values: step t of beam k writes slot `t * K + k`,
+which never moves. What a beam may see is its own path through the pool, K numbers per step, and
+reordering beams touches nothing else.
 
 Axis letters: B batch, S source length, T capacity in target tokens, K beams, R returned sequences.
 """
@@ -71,12 +71,13 @@ class _Source(NamedTuple):
     states: jax.Array | None
 
 
-class _Pool(NamedTuple):
+class _State(NamedTuple):
     """The decoder's state between steps."""
 
     caches: tuple[LayerCache, ...]
-    path: jax.Array
-    """`[B, K, T]` int32: which of the K slots of step t lies on beam k's path."""
+    path: jax.Array | None
+    """`[B, K, T]` int32: which of the K slots of step t lies on beam k's path; None for lanes that
+    never mix and so have a pool each."""
     pads: jax.Array
     """`[B]` int32: pads in the decoder prompt, which take no position in tables that skip them."""
 
@@ -182,7 +183,8 @@ def _generate(
     states = project(params, states.astype(dtype))
     trunk = config.decoder_trunk
     decoder = unstack(trunk, params["decoder"])
-    lanes = spec.num_beams if spec.num_beams > 1 else spec.num_return_sequences
+    beams = spec.num_beams
+    lanes = beams if beams > 1 else spec.num_return_sequences
     batch, capacity = states.shape[0], spec.capacity
     position_table = trunk.embedding.position
     skipped = None if position_table is None else position_table.pad_token_id
@@ -191,38 +193,49 @@ def _generate(
         pads = jnp.sum(prompt == skipped, axis=1, dtype=jnp.int32)
 
     def step(
-        pool: _Pool, tokens: jax.Array, parents: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, _Pool]:
-        path = jnp.take_along_axis(pool.path, parents[:, :, None], axis=1)
-        own = jnp.broadcast_to(jnp.arange(lanes, dtype=jnp.int32), (batch, lanes))
-        path = jax.lax.dynamic_update_index_in_dim(path, own, position, axis=2)
-        slots = jnp.arange(lanes, dtype=jnp.int32)
-        live = (jnp.arange(capacity) <= position)[:, None]
-        visible = (path[..., None] == slots) & live  # [B, K, T, K]
+        state: _State, tokens: jax.Array, parents: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, _State]:
+        live, path = jnp.arange(capacity) <= position, None
+        if state.path is None:
+            visible = jnp.broadcast_to(live, (batch * lanes, 1, capacity))
+        else:
+            slots = jnp.arange(lanes, dtype=jnp.int32)
+            path = jnp.take_along_axis(state.path, parents[:, :, None], axis=1)
+            own = jnp.broadcast_to(slots, (batch, lanes))
+            path = jax.lax.dynamic_update_index_in_dim(path, own, position, axis=2)
+            visible = (path[..., None] == slots) & live[:, None]  # [B, K, T, K]
+            visible = visible.reshape(batch, lanes, capacity * lanes)
         places = jnp.broadcast_to(position, tokens.shape)
         if skipped is not None:
-            places = jnp.where(tokens == skipped, -1, position - pool.pads[:, None])
+            places = jnp.where(tokens == skipped, -1, position - state.pads[:, None])
         scores, caches = decode_step(
             trunk,
             decoder,
             tokens,
-            pool.caches,
+            state.caches,
             position=position,
             token_positions=places,
-            visible=visible.reshape(batch, lanes, capacity * lanes),
+            visible=visible,
             encoder_mask=source.mask,
             dtype=dtype,
         )
-        return scores, _Pool(caches, path, pool.pads)
+        return scores, _State(caches, path, state.pads)
 
-    pool = _Pool(
-        caches=init_caches(trunk, decoder, states, slots=capacity * lanes),
-        path=jnp.zeros((batch, lanes, capacity), jnp.int32),
+    shared = beams > 1
+    state = _State(
+        caches=init_caches(
+            trunk,
+            decoder,
+            states,
+            pools=batch if shared else batch * lanes,
+            slots=capacity * lanes if shared else capacity,
+        ),
+        path=jnp.zeros((batch, lanes, capacity), jnp.int32) if shared else None,
         pads=pads,
     )
     return search(
         step,
-        pool,
+        state,
         prompt,
         spec=spec,
         values=values,
@@ -308,7 +321,7 @@ def _bucketed(source: _Source, trunk: TransformerConfig) -> _Source:
         if x is None:
             return None
         pads = [(0, 0), (0, extra)] + [(0, 0)] * (jnp.ndim(x) - 2)
-        return np.pad(np.asarray(x), pads, constant_values=value)
+        return jnp.asarray(np.pad(np.asarray(x), pads, constant_values=value))
 
     position = trunk.embedding.position
     pad = position.pad_token_id if position is not None else None

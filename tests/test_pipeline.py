@@ -1,0 +1,136 @@
+"""Text2TextPipeline: the strings that Transformers makes, whatever the batches."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import tiny_pairs
+
+from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
+from jax_encdec.pipeline import TextError
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Text2TextPipeline:
+    model, params = tiny_pairs.pair()
+    return Text2TextPipeline(model, params, tiny_pairs.tokenizers())
+
+
+TEXTS = list(tiny_pairs.texts(20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "all_beams"), [("bert2bert", (1, 4)), ("bert2gpt2", (4,)), ("bart", (4,))]
+)
+def test_strings_are_those_of_transformers(kind, all_beams, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_pairs.save(tmp_path, kind)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "bart" else transformers.EncoderDecoderModel
+    model = auto.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Text2TextPipeline.from_pretrained(folder)
+    for beams in all_beams:
+        expected = []
+        for text in TEXTS:  # One at a time: nothing is padded.
+            batch = tokenizer([text], return_tensors="pt", return_token_type_ids=False)
+            with torch.no_grad():
+                made = model.generate(**batch, num_beams=beams, do_sample=False)
+            expected += tokenizer.batch_decode(made, skip_special_tokens=True)
+        got = ours(TEXTS, num_beams=beams, batch_size=8)
+        assert got == expected
+        assert len(set(got)) > 10  # The texts are heard.
+
+
+def test_a_text_or_a_list_of_texts_or_none(pipe):
+    several = pipe(TEXTS[:4])
+    assert pipe(TEXTS[1]) == several[1]
+    assert pipe([]) == []
+    assert pipe(tuple(TEXTS[:3])) == several[:3]
+
+
+def test_several_sequences_come_as_lists(pipe):
+    made = pipe(TEXTS[:3], num_beams=3, num_return_sequences=2)
+    assert [len(m) for m in made] == [2, 2, 2]
+    assert pipe(TEXTS[0], num_beams=3, num_return_sequences=2) == made[0]
+    assert [m[0] for m in made] == pipe(TEXTS[:3], num_beams=3)
+
+
+def test_batches_change_nothing(pipe):
+    options = {"do_sample": True, "num_return_sequences": 2, "key": jax.random.key(3)}
+    whole = pipe(TEXTS[:7], **options)
+    for size in (1, 3):
+        assert pipe(TEXTS[:7], batch_size=size, **options) == whole
+    # A text's draws follow its place in the list, not its neighbours.
+    other = [TEXTS[0], "1 May 1901", *TEXTS[2:4]]
+    made = pipe(other, batch_size=3, **options)
+    assert [made[i] for i in (0, 2, 3)] == [whole[i] for i in (0, 2, 3)]
+
+
+def test_text_i_draws_from_the_key_folded_with_i(pipe):
+    options = {"do_sample": True, "temperature": 0.9, "key": jax.random.key(11)}
+    ids, mask = pipe.tokenizers.source.batch(TEXTS[:4])
+    out = pipe.model.generate(pipe.params, ids, attention_mask=mask, **options)
+    expected = pipe.tokenizers.target.decode_batch(np.asarray(out.sequences))
+    assert pipe(TEXTS[:4], batch_size=2, **options) == expected
+
+
+def test_few_programs_are_compiled(pipe):
+    # Lengths 5 to 20 fall on two rungs, batches on one size: two programs, and none anew.
+    from jax_encdec.decoding.engine import _generate
+
+    texts = ["1 " * n for n in range(3, 18)]
+    pipe(texts, batch_size=4, num_beams=2)
+    before = _generate._cache_size()
+    pipe(texts[:13], batch_size=4, num_beams=2)
+    pipe(texts[5:], batch_size=4, num_beams=2, length_penalty=0.7, max_new_tokens=9)
+    assert _generate._cache_size() == before
+
+
+def test_texts_that_cannot_be_used_are_named(pipe):
+    with pytest.raises(TextError, match=r"text 1 is empty"):
+        pipe(["1 May", "  "])
+    with pytest.raises(TextError, match=r"text 2 must be a str; got int"):
+        pipe(["1 May", "2 May", 3])
+    with pytest.raises(TextError, match=r"text 1 .*holds nothing the tokenizer keeps"):
+        pipe(["1 May", "\u200b"])
+    long = "1 " * 60
+    with pytest.raises(TextError, match=r"text 1 has 62 tokens, the limit is 48.*truncation=True"):
+        pipe(["1 May", long])
+    assert pipe(["1 May", long], truncation=True)[1] == pipe("1 " * 46)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    config = tiny_pairs.config().replace(encoder=tiny_pairs.bert().replace(vocab_size=20))
+    model = EncoderDecoderModel(config)
+    other = Text2TextPipeline(
+        model, model.init_params(jax.random.key(0)), tiny_pairs.tokenizers()
+    )
+    with pytest.raises(TextError, match=r"text 0 has the token .*vocabulary 0\.\.19"):
+        other(["the third of May"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beam": 4}, "unknown generation option 'num_beam'; did you mean 'num_beams'"),
+        ({"batchsize": 4}, "no argument 'batchsize'; did you mean 'batch_size'"),
+        ({"batch_size": 0}, "batch_size must be a positive integer; got 0"),
+        ({"do_sample": True}, "key=jax.random.key"),
+        ({"num_return_sequences": 2}, "greedy decoding returns one sequence"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "must be at most num_beams"),
+        ({"eos_token_id": 999}, "eos_token_id must lie in the vocabulary, 0 to"),
+        ({"max_new_tokens": 500}, "positions for"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(pipe, options, message):
+    with pytest.raises(InputError, match=message):
+        pipe(TEXTS[:2], **options)
+
+
+def test_progress_goes_to_standard_error(pipe, capsys):
+    pipe(TEXTS[:3], progress=True)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "3/3" in err
