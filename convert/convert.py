@@ -95,15 +95,14 @@ def convert(
     with open_tensors(place) as source, _staging(target) as staging:
         config, plan, report = pretrained.plan_pair(config, source, where=str(src))
         entries = list(_entries(config, plan, source, dtype))
-        step = None
-        if progress is not None:
-            numbers = iter(range(1, len(entries) + 1))
+        numbers = iter(range(1, len(entries) + 1))
 
-            def step(name: str) -> None:
+        def written(name: str) -> None:
+            if progress is not None:
                 progress(name, next(numbers), len(entries))
 
         weights = write_safetensors(
-            staging, entries, max_shard_bytes=max_shard_bytes, progress=step
+            staging, entries, max_shard_bytes=max_shard_bytes, progress=written
         )
         dtypes = Counter(str(info.dtype) for _, info, _ in entries)
         data = _with_dtype(config.to_dict(), dtypes.most_common(1)[0][0])
@@ -127,19 +126,19 @@ def tokenizer_files(folder: Path) -> list[str]:
 # Weights -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Leaf:
     """A leaf of the parameter tree that is read, a slice at a time, when somebody looks at it."""
 
-    def __init__(
-        self, path: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype, plan: Plan,
-        source: TensorSource,
-    ):  # fmt: skip
-        self.path, self.shape, self.dtype = path, shape, dtype
-        self._plan, self._source = plan, source
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    plan: Plan
+    source: Any
 
     def __getitem__(self, index: int | None) -> np.ndarray:
-        slot = self._plan.slots[self.path, index][0]
-        array = self._plan._read(self._source, slot, self.path, self.shape)
+        slot = self.plan.slots[self.path, index][0]
+        array = self.plan._read(self.source, slot, self.path, self.shape)
         if array.dtype == self.dtype:
             return array
         with np.errstate(over="ignore"):
@@ -160,15 +159,13 @@ class _Remembering:
 
     def __init__(self, source: TensorSource):
         self.source = source
-        self._name: str | None = None
-        self._last: np.ndarray | None = None
+        self._last: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if self._last is None or name != self._name:
-            self._last = None  # Before the next is read: one at a time.
-            self._last = self.source[name]
-            self._name = name
-        return self._last
+        if name not in self._last:
+            self._last.clear()  # Before the next is read: one at a time.
+            self._last[name] = self.source[name]
+        return self._last[name]
 
 
 def _entries(
@@ -178,28 +175,21 @@ def _entries(
     slots: dict[tuple[str, ...], list[str]] = {}
     for (path, _), found in plan.slots.items():
         slots.setdefault(path, []).append(plan.names[found[0].tensor])
-    declared = flatten_dict(model_params(config))
-    one_by_one: Any = _Remembering(source)
-    leaves = {
-        path: _Leaf(
-            path,
-            declared[path].shape,
-            _common({source.info(name).dtype for name in names})
-            if dtype == "auto"
-            else jnp.dtype(dtype),
-            plan,
-            one_by_one,
-        )
-        for path, names in slots.items()
-    }
+    declared: dict[tuple[str, ...], Any] = flatten_dict(model_params(config))
+    one_by_one = _Remembering(source)
+    leaves = {}
+    for path, names in slots.items():
+        kind = jnp.dtype(dtype) if dtype != "auto" else _common(source, names)
+        leaves[path] = _Leaf(path, declared[path].shape, kind, plan, one_by_one)
     yield from pretrained.write_order(config, leaves)
 
 
-def _common(kinds: set[np.dtype]) -> np.dtype:
-    """The dtype of a leaf whose layers differ: one that holds them all."""
+def _common(source: TensorSource, names: list[str]) -> np.dtype:
+    """The dtype of a leaf's tensors; where layers differ, one that holds them all."""
+    kinds = {source.info(name).dtype for name in names}
     if len(kinds) == 1:
-        return next(iter(kinds))
-    return np.dtype(np.float64 if max(k.itemsize for k in kinds) > 4 else np.float32)
+        return kinds.pop()
+    return np.dtype(np.float64 if max(kind.itemsize for kind in kinds) > 4 else np.float32)
 
 
 def _with_dtype(data: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,6 @@ class Text2TextPipeline:
         tokenizers = TokenizerPair.from_pretrained(place if place.is_dir() else place.parent)
         model, params = EncoderDecoderModel.from_pretrained(place, dtype=dtype)
         return cls(model, params, tokenizers)
-
-    @overload
-    def __call__(self, texts: str, **options: Any) -> Any: ...
-    @overload
-    def __call__(self, texts: Sequence[str], **options: Any) -> list[Any]: ...
 
     def __call__(
         self,
@@ -174,7 +169,10 @@ class Text2TextPipeline:
     @property
     def max_source_length(self) -> int | None:
         """Most tokens of a source, special tokens included; None where nothing limits it."""
-        limits = (self.model.config.encoder_trunk.max_length, self.tokenizers.source.model_max_length)
+        limits = (
+            self.model.config.encoder_trunk.max_length,
+            self.tokenizers.source.model_max_length,
+        )
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _settings(

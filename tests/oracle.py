@@ -95,9 +95,8 @@ def source_batch(rng: np.random.Generator, batch: int = 3, length: int = 9):
 def labels_batch(rng: np.random.Generator, batch: int = 3, length: int = 7):
     """Labels `[batch, length]`, ends padded with -100."""
     labels = rng.integers(3, VOCAB["decoder"], (batch, length))
-    for row in range(batch):
-        labels[row, length - row] = 2 if row else labels[row, -1]
-        labels[row, length - row + 1 :] = -100
+    for row in range(1, batch):
+        labels[row, length - row :] = -100
     return labels.astype(np.int32)
 
 

@@ -71,7 +71,8 @@ def test_random_option_sets(names):
         ids, mask = source_batch(np.random.default_rng(structure), batch, length=11)
         for options in option_sets(f"{names} {structure}"):
             if "encoder_no_repeat_ngram_size" in options:
-                mask = np.ones_like(mask)  # the oracle counts pads as n-grams
+                # The oracle counts pads as n-grams, and fails on ids the target has not.
+                ids, mask = np.minimum(ids, 52), np.ones_like(mask)
             try:
                 ties += assert_same_tokens(oracle, model, params, ids, mask, **options)
             except AssertionError as error:

@@ -33,24 +33,11 @@ from jax_encdec.transformer import (
 )
 
 run = jax.jit(
-    transformer, static_argnums=0, static_argnames=("dtype", "output_hidden_states", "output_attentions")
-)  # fmt: skip
-BERT = BertConfig(
-    vocab_size=37,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=24,
-    max_position_embeddings=40,
+    transformer, static_argnums=0, static_argnames=("output_hidden_states", "output_attentions")
 )
-ROBERTA = RobertaConfig(
-    vocab_size=37,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=24,
-    max_position_embeddings=40,
-)
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
+BERT = BertConfig(**SMALL, intermediate_size=24, max_position_embeddings=40)
+ROBERTA = RobertaConfig(**SMALL, intermediate_size=24, max_position_embeddings=40)
 GPT2 = GPT2Config(
     vocab_size=37,
     n_embd=16,
@@ -59,34 +46,18 @@ GPT2 = GPT2Config(
     n_positions=40,
     scale_attn_by_inverse_layer_idx=True,
 )
-BART = BartConfig(
-    vocab_size=37,
-    d_model=16,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=24,
-    decoder_ffn_dim=24,
-    max_position_embeddings=40,
-)
+BART = BartConfig(vocab_size=37, d_model=16, encoder_attention_heads=4, decoder_attention_heads=4)
 ENCODERS: dict[str, TransformerConfig] = {
-    "bert": BERT.to_trunk("encoder"),
     "roberta": ROBERTA.to_trunk("encoder"),
-    "gpt2": GPT2.to_trunk("encoder"),
-    "bart": BART.to_trunk("encoder"),
     "modernbert": trunks.modernbert(),
     "t5": trunks.t5("encoder", gated=True),
     "albert": trunks.factorised((1, 2), (1, 2), share=True, activation="gelu_new"),
 }
 DECODERS: dict[str, TransformerConfig] = {
-    "bert": BERT.to_trunk("decoder"),
     "roberta": ROBERTA.to_trunk("decoder"),
     "gpt2": GPT2.to_trunk("decoder"),
-    "bart": BART.to_trunk("decoder"),
     "t5": trunks.t5("decoder", gated=False, encoder_hidden=trunks.ENCODER_HIDDEN),
-    "llama": trunks.llama(cross=True),
-    "qwen3": trunks.llama(cross=True, qk_norm=True),
+    "llama": trunks.llama(cross=True, qk_norm=True),
     "gemma2": trunks.gemma2(cross=True),
 }
 ALL = {f"{name}-encoder": t for name, t in ENCODERS.items()} | {
@@ -251,14 +222,14 @@ def test_a_query_that_sees_nothing_averages_all_values():
 @everyone
 @pytest.mark.parametrize("bad", [-1, 37, 2**31 - 1])
 def test_a_token_outside_the_vocabulary_is_nan_and_nobody_elses(trunk, bad):
-    ids = text(0, 2, 5)
+    ids = text(0, 2, 7)
     found = states(trunk, ids.at[1, 2].set(bad), **source(trunk))
     assert bool(jnp.isnan(found[1, 2]).all())
     assert bool(jnp.isfinite(found[0]).all())
 
 
 def test_a_position_or_type_outside_its_table_is_nan():
-    trunk = ENCODERS["bert"]
+    trunk = BERT.to_trunk("encoder")
     beyond = states(trunk, text(0, 1, 5), position_ids=jnp.asarray([[0, 1, 2, 3, 40]]))
     assert bool(jnp.isnan(beyond[0, 4]).all())
     typed = states(trunk, text(0, 1, 5), token_type_ids=jnp.asarray([[0, 1, 0, 1, 2]]))
@@ -393,8 +364,8 @@ def test_parameters_may_be_numpy_arrays(trunk):
     params = jax.tree.map(np.asarray, params_of(trunk))
     ids, given = np.asarray(text(0, 2, 5)), source(trunk)
     close(transformer(trunk, params, ids, **given).last_hidden_state, states(trunk, ids, **given))
-    close(jax.jit(lambda i: transformer(trunk, params, i, **given).last_hidden_state)(ids),
-          states(trunk, ids, **given))  # fmt: skip
+    constant = jax.jit(lambda ids: transformer(trunk, params, ids, **given).last_hidden_state)
+    close(constant(ids), states(trunk, ids, **given))
 
 
 # Dropout -----------------------------------------------------------------------------------------
@@ -410,7 +381,7 @@ def test_dropout_keeps_the_mean_and_drops_the_stated_share():
 
 
 @pytest.mark.parametrize("place", ["embedding", "residual", "attention", "activation"])
-@pytest.mark.parametrize("name", ["bert", "t5", "gemma2"])
+@pytest.mark.parametrize("name", ["roberta", "gemma2"])
 def test_dropout_acts_in_each_place_by_key_alone(name, place):
     calm = DECODERS[name]
     wild = replace(calm, dropout=Dropout(**{place: 0.4}))
@@ -430,10 +401,10 @@ def test_dropout_acts_in_each_place_by_key_alone(name, place):
 def test_every_layer_draws_its_own_dropout():
     """Seen where nothing else tells layers apart: branches that put out only their biases."""
     calm = GPT2.to_trunk("encoder")
-    params = jax.tree.map(jnp.zeros_like, params_of(calm))
+    params = jax.tree.map(np.zeros_like, params_of(calm))
     for name in ("self_attention", "mlp"):
         out = params["segment_0"]["block_0"][name]["out" if name != "mlp" else "down"]
-        out["bias"] = jnp.ones_like(out["bias"])
+        out["bias"] = np.ones_like(out["bias"])
     wild = replace(calm, dropout=Dropout(residual=0.5))
     out = run(wild, params, text(0, 1, 8), dropout_key=jax.random.key(0), output_hidden_states=True)
     first, second = (

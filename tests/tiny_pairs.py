@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_encdec import (
@@ -38,7 +38,7 @@ def texts(count: int) -> tuple[str, ...]:
 
 
 def bert(**more) -> BertConfig:
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
     size |= {"intermediate_size": 32, "max_position_embeddings": POSITIONS}
     return BertConfig(vocab_size=tokenizers().source.vocab_size, **(size | more))
 
@@ -68,13 +68,14 @@ def config(kind: str = "bert2bert") -> EncoderDecoderConfig:
 def pair(kind: str = "bert2bert"):
     """A model and parameters large enough that every text has an answer of its own."""
     model = EncoderDecoderModel(config(kind), GenerationConfig(max_new_tokens=12))
-    flat = flatten_dict(model.init_params(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(flat))
-    for (path, x), key in zip(flat.items(), keys, strict=True):
+    rng = np.random.default_rng(0)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(model.param_shapes())
+    for path, leaf in flat.items():
         scale = 0.8 if path[-1] in ("kernel", "token") else 0.1
-        # The text must be heard.
-        scale *= 3 if "cross_attention" in path and path[-2] in ("value", "out") else 1
-        flat[path] = x + scale * jax.random.normal(key, x.shape, jnp.float32)
+        if "cross_attention" in path and path[-2] in ("value", "out"):
+            scale *= 3  # The text must be heard.
+        noise = scale * rng.standard_normal(leaf.shape, np.float32)
+        flat[path] = (path[-1] == "scale") + noise
     params = unflatten_dict(flat)
     return model, params
 

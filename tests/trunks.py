@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -30,7 +28,7 @@ from jax_encdec.config import (
 )
 from jax_encdec.convert.rules import Part, Rule, linear, match, norm, tensors
 from jax_encdec.convert.tensor_source import TensorInfo
-from jax_encdec.layers import initialize
+from jax_encdec.layers import Param, tree_map
 from jax_encdec.transformer import transformer_params
 
 VOCAB, HIDDEN, WIDTH, HEADS, HEAD_DIM = 37, 16, 24, 4, 4
@@ -363,13 +361,12 @@ def read(part: Part, published: Published) -> dict:
 
 def lively(trunk: TransformerConfig, seed: int) -> dict:
     """Random parameters of a trunk, all of which matter: no zeros, no ones, large kernels."""
-    values = initialize(transformer_params(trunk), jax.random.key(seed), jnp.float32)
-    leaves, treedef = jax.tree.flatten(values)
     rng = np.random.default_rng(seed)
-    noisy = [leaf * 12 + 0.2 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    # Norm scales would grow with everything else.
-    noisy = [
-        jnp.asarray(new if np.std(old) else old + 0.2 * rng.standard_normal(old.shape, np.float32))
-        for old, new in zip(leaves, noisy, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, noisy)
+
+    def value(param: Param) -> np.ndarray:
+        noise = rng.standard_normal(param.shape, np.float32)
+        if isinstance(param.init, str):
+            return 0.2 * noise + (param.init == "ones")
+        return 0.25 * noise
+
+    return tree_map(value, transformer_params(trunk))

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax_encdec
 from jax_encdec.errors import EncDecError, InputError, nearest
 
-COMMANDS = ("generate", "inspect", "convert")
+COMMANDS = ("demo", "generate", "inspect", "convert")
 PROGRAM = "jax-encdec"
 
 

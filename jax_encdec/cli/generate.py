@@ -148,9 +148,10 @@ def _generate(
     from jax_encdec.pipeline import Text2TextPipeline, TextError
     from jax_encdec.pretrained import read_configs
 
-    config, defaults = read_configs(hub.resolve(args.model))
+    place = hub.resolve(args.model)
+    config, defaults = read_configs(place)
     defaults.replace(**options).validate(config.decoder.vocab_size)
-    pipe = Text2TextPipeline.from_pretrained(args.model, dtype=args.dtype)
+    pipe = Text2TextPipeline.from_pretrained(place, dtype=args.dtype)
     try:
         results = pipe(
             [record.text for record in records],

@@ -68,14 +68,20 @@ def describe(
     data = hub.read_json(folder / "config.json")
     kind = data.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    # BART's configuration serves its whole model as well as its halves.
-    single = family is not None and (
-        family.whole_architecture is None
-        or not {family.whole_architecture, None} & set(data.get("architectures") or [None])
-    )
-    found = _single(str(path), place, data) if single else _pair(str(path), place, data)
-    found["usable"] = not any(problem["fatal"] for problem in found["problems"])
+    if family is not None and family.whole_architecture is None:
+        found = _single(str(path), place, data)
+    else:
+        found = _pair(str(path), place, data)
+        if family is not None and _hopeless(found):
+            # A half of such a model has the same configuration.
+            half = _single(str(path), place, data)
+            found = found if _hopeless(half) else half
+    found["usable"] = not _hopeless(found)
     return found
+
+
+def _hopeless(found: Mapping[str, Any]) -> bool:
+    return any(problem["fatal"] for problem in found["problems"])
 
 
 # Pairs -------------------------------------------------------------------------------------------
@@ -147,7 +153,8 @@ def parameter_counts(config: Any) -> dict[str, int]:
     from jax_encdec.encoder_decoder import model_params
 
     counts: Counter[str] = Counter()
-    for leaf, param in flatten_dict(model_params(config)).items():
+    declared: dict[tuple[str, ...], Any] = flatten_dict(model_params(config))
+    for leaf, param in declared.items():
         counts[_part(leaf)] += math.prod(param.shape)
     order = ("encoder", "decoder", "cross-attention", "language model head", "projection")
     ranked = sorted(counts, key=lambda name: [name.startswith(o) for o in order], reverse=True)
@@ -182,7 +189,10 @@ def _id(
     decoder = data.get("decoder") if "decoder" in data else data
     for key in (name, _FALLBACK.get(name, name)):
         for origin, holder in (
-            (generation_file.name if generation_file.exists() else "config.json", generation_config),
+            (
+                generation_file.name if generation_file.exists() else "config.json",
+                generation_config,
+            ),
             ("config.json", None if config.whole else config),
             ("config.json, decoder", config.decoder),
         ):
@@ -255,7 +265,9 @@ def _as_side(config: Any, role: Any, source: Any, where: str) -> dict[str, Any]:
     from jax_encdec.convert import rules, tables
     from jax_encdec.transformer import transformer_params
 
-    declared = flatten_dict({role: transformer_params(config.to_trunk(role))})
+    declared: dict[tuple[str, ...], Any] = flatten_dict(
+        {role: transformer_params(config.to_trunk(role))}
+    )
     try:
         part = tables.standalone_part(config, role, source, where=where)
         plan = rules.match([part], declared, source, where=where)
@@ -356,12 +368,14 @@ def _tokenizers(
 
 def amount(number: float) -> str:
     """`1234567` -> `1.23M`: three digits, in units of 1000."""
-    for unit in ("", "k", "M", "G"):
-        if abs(number) < 999.5 or unit == "G":
-            break
-        number /= 1000
-    digits = 0 if number >= 100 or float(number).is_integer() and not unit else 1
-    return f"{number:.{max(digits, 2 if number < 10 and unit else digits)}f}{unit}"
+    if number < 1000:
+        return f"{number:.0f}"
+    units = iter("kMG")
+    unit = ""
+    while number >= 999.5 and unit != "G":
+        number, unit = number / 1000, next(units)
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    return f"{number:.{digits}f}{unit}"
 
 
 def table(counts: Mapping[str, int], indent: str = "") -> str:
@@ -383,6 +397,8 @@ def render(found: Mapping[str, Any]) -> str:
             f"weights      {', '.join(weights['files'])}: {amount(weights['bytes'])}B, "
             f"{weights['tensors']} tensors ({kinds})"
         )
+        for why, count in Counter(weights.get("ignored", {}).values()).items():
+            lines.append(f"ignored      {count} tensors: {why}")
     tokenizers = found["tokenizers"]
     if tokenizers:
         source, target = (

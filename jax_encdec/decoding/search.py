@@ -87,7 +87,8 @@ class SearchOutput(NamedTuple):
         sequences: `[B, R, T]` int32, prompt included, padded after the end of the sequence.
         sequences_scores: `[B, R]` float32.  Beams: sum of the processed log-probabilities divided
             by `(generated length) ** length_penalty`.  Greedy and samples: log-probability of the
-            generated tokens under the processed distribution.
+            generated tokens under the processed distribution.  When forced and banned tokens
+            leave a row fewer hypotheses than R, the surplus ones score about -1e9.
         lengths: `[B, R]` int32, tokens of a sequence, prompt and end-of-sequence token included.
     """
 

@@ -1,0 +1,195 @@
+"""The demo: what it prints, that what it saves is what it measured, and what it leaves alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
+from jax_encdec.cli import dates, demo
+
+FILES = {
+    "config.json",
+    "demo.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def run(*arguments: str) -> tuple[str, str]:
+    """Run the command; what it printed, and what it showed on standard error."""
+    parser = argparse.ArgumentParser()
+    demo.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["demo", *arguments])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert args.run(args) == 0
+    return out.getvalue(), err.getvalue()
+
+
+class Finished(NamedTuple):
+    """A short run: what it left, what it printed, and the parameters it had trained."""
+
+    folder: Path
+    out: str
+    err: str
+    model: EncoderDecoderModel
+    params: Any
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_held_out():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "HELD_OUT", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, few_held_out):
+    folder = tmp_path_factory.mktemp("demo") / "new folder"
+    train, kept = demo.train, []
+
+    def keeping(model, params, batches):
+        params, losses = train(model, params, batches)
+        kept.extend([model, params])
+        return params, losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "train", keeping)
+        out, err = run("--output", str(folder), "--steps", "6", "--seed", "3")
+    return Finished(folder, out, err, *kept)
+
+
+def test_a_short_run_trains_saves_and_says_so(finished):
+    folder, out, err = finished[:3]
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert "exact match on 40 examples of held-out dates" in out
+    assert f"jax-encdec generate --model '{folder}'" in out  # quoted for the shell: it has a space
+    assert "6/6" in err
+    assert "loss" in err
+    assert "examples/s" in err
+    record = json.loads((folder / "demo.json").read_text())
+    assert (record["steps"], record["seed"], len(record["losses"])) == (6, 3, 6)
+    assert record["losses"][-1] < record["losses"][0]
+    assert 0.0 <= record["exact_match"] <= 1.0
+
+
+def test_the_table_shows_held_out_examples_as_the_saved_model_decodes_them(finished):
+    folder, out = finished[:2]
+    examples = dates.make_examples("heldout", demo.SHOWN, 3)
+    pipe = Text2TextPipeline.from_pretrained(folder)
+    predictions = pipe([text for text, _ in examples], num_beams=4)
+    assert demo.table(examples, predictions) in out
+
+
+def test_the_table_says_what_is_right_and_what_would_have_been():
+    shown = demo.table([("a b", "2001-02-03"), ("c", "1999-12-31")], ["2001-02-03", "1999-12-13"])
+    assert [line.split(maxsplit=3)[-1] for line in shown.split("\n")[2:]] == ["1999-12-31"]
+    assert shown.split("\n")[1].endswith("yes")
+
+
+def test_the_saved_folder_generates_as_the_trained_parameters_do(finished):
+    batches = demo.make_batches(_tokenizer(), _examples())
+    ids, mask = batches.input_ids[0], batches.attention_mask[0]
+    model, params = EncoderDecoderModel.from_pretrained(finished.folder)
+    here = finished.model.generate(finished.params, ids, attention_mask=mask)
+    there = model.generate(params, ids, attention_mask=mask)
+    np.testing.assert_array_equal(here.sequences, there.sequences)
+    np.testing.assert_array_equal(here.sequences_scores, there.sequences_scores)
+
+
+def test_the_same_seed_gives_the_same_model_in_the_place_of_an_earlier_demo(finished, tmp_path):
+    for name in FILES:
+        (tmp_path / name).write_text("earlier")
+    run("--output", str(tmp_path), "--steps", "6", "--seed", "3")
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+    for name in FILES:  # demo.json holds every step's loss
+        assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes(), name
+
+
+def _examples():
+    return dates.make_examples("train", demo.BATCH_SIZE, 3)
+
+
+def _tokenizer():
+    examples = dates.make_examples("train", demo.TOKENIZER_TEXTS, 3)
+    return dates.train_tokenizer(text for example in examples for text in example)
+
+
+def test_labels_end_with_sep_and_do_not_begin_with_cls():
+    tokenizer, examples = _tokenizer(), _examples()
+    batches = demo.make_batches(tokenizer, examples)
+    assert batches.labels.shape == (1, demo.BATCH_SIZE, 11)  # YYYY-MM-DD and [SEP]
+    assert (batches.labels[..., -1] == tokenizer.sep_token_id).all()
+    assert tokenizer.decode_batch(batches.labels[0]) == [iso for _, iso in examples]
+
+
+def test_pytorch_opens_the_folder_and_generates_the_same(finished):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = finished.folder
+    texts = [text for text, _ in dates.make_examples("heldout", demo.HELD_OUT, 3)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    oracle = transformers.EncoderDecoderModel.from_pretrained(folder).eval()
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        made = oracle.generate(inputs.input_ids, attention_mask=inputs.attention_mask)
+    expected = tokenizer.batch_decode(made, skip_special_tokens=True)
+    assert Text2TextPipeline.from_pretrained(folder)(texts) == expected
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(InputError) as error:
+        run(*arguments)
+    return str(error.value)
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    message = refusal("--output", str(tmp_path), "--steps", "1")
+    assert str(tmp_path) in message
+    assert "new or empty" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in refusal("--output", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_out_of_range_is_refused(tmp_path, seed):
+    assert "--seed" in refusal("--output", str(tmp_path / "new"), "--seed", seed)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch, existing):
+    def interrupted(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise KeyboardInterrupt
+
+    # After the weights are written, in the middle of the tokenizer.
+    monkeypatch.setattr("jax_encdec.tokenization.Tokenizer.save", interrupted)
+    monkeypatch.setattr(demo, "train", lambda model, params, batches: (params, []))
+    output = tmp_path / "demo"
+    if existing:
+        output.mkdir()
+        (output / "demo.json").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", str(output), "--steps", "1")
+    if existing:
+        assert [file.name for file in output.iterdir()] == ["demo.json"]
+        assert (output / "demo.json").read_text() == "earlier"
+    else:
+        assert not output.exists()
