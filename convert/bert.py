@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_encdec.config import Role
 from jax_encdec.convert.rules import Linear, Rule, Vector, linear, norm
-from jax_encdec.convert.tables import BUFFER, OTHER_HEAD, Standalone, Table
+from jax_encdec.convert.table import BUFFER, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 
 
@@ -40,7 +40,11 @@ def _decoder_biases(config: FamilyConfig, outer: str, inner: str) -> tuple[Rule,
     # The bias is published twice. Untied, the forward pass reads only the inner one.
     if config.ties_head:
         return Rule(outer, "head/bias"), Rule(inner, "head/bias")
-    return Rule(inner, "head/bias"), Rule(outer, "kept/head_bias")
+    return (
+        Rule(inner, "head/bias"),
+        Rule(outer, "kept/head_bias"),
+        Rule(outer, "head/bias", fallback=True),  # files older than the inner one
+    )
 
 
 def bert_head(config: FamilyConfig) -> tuple[Rule, ...]:

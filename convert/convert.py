@@ -138,7 +138,7 @@ class _Leaf:
 
     def __getitem__(self, index: int | None) -> np.ndarray:
         slot = self.plan.slots[self.path, index][0]
-        array = self.plan._read(self.source, slot, self.path, self.shape)
+        array = self.plan.read(self.source, slot, self.path, self.shape)
         if array.dtype == self.dtype:
             return array
         with np.errstate(over="ignore"):
@@ -211,17 +211,16 @@ def _staging(target: Path) -> Iterator[Path]:
     staging = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         staging.mkdir(parents=True)
-        yield staging
-        if not target.exists() or not any(target.iterdir()):
-            if target.exists():
-                target.rmdir()
-            os.replace(staging, target)
-        else:
-            _replace(staging, target)
+        try:
+            yield staging
+            if target.exists() and any(target.iterdir()):
+                _replace(staging, target)
+            else:
+                os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replace(staging: Path, target: Path) -> None:

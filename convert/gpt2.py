@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_encdec.config import Role
 from jax_encdec.convert.rules import Rule, conv1d, norm
-from jax_encdec.convert.tables import BUFFER, OTHER_HEAD, Standalone, Table
+from jax_encdec.convert.table import BUFFER, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 
 

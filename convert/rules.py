@@ -16,7 +16,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,16 +122,20 @@ class Rule:
         leaf: path of the leaf, `/` between names, or several for a fused tensor; a layer's leaf
             starts with `{}`, as in `{}/mlp/up/kernel`.
         layout: how the numbers lie.
+        fallback: read only where a file has no other tensor for the leaf; never written.
     """
 
     tensor: str
     leaf: str | tuple[str, ...]
     layout: Plain = Plain()
+    fallback: bool = False
 
     def prefixed(self, tensor: str, leaf: str) -> Rule:
         """The same rule inside a larger model."""
         leaves = self.leaf if isinstance(self.leaf, tuple) else (self.leaf,)
-        return Rule(tensor + self.tensor, tuple(f"{leaf}/{name}" for name in leaves), self.layout)
+        return replace(
+            self, tensor=tensor + self.tensor, leaf=tuple(f"{leaf}/{name}" for name in leaves)
+        )
 
 
 def linear(tensor: str, leaf: str | tuple[str, ...], inputs: int = 1) -> tuple[Rule, Rule]:
@@ -186,6 +190,7 @@ class Slot:
     leaves: tuple[Path, ...]
     index: int | None
     layout: Plain
+    fallback: bool = False
 
 
 def bind(part: Part, leaves: Mapping[Path, HasShape]) -> Iterator[Slot]:
@@ -199,7 +204,7 @@ def bind(part: Part, leaves: Mapping[Path, HasShape]) -> Iterator[Slot]:
             real = tuple(part.aliases.get(path, path) for path in paths)
             present = [path in leaves for path in real]
             if all(present):
-                yield Slot(tensor, real, index, rule.layout)
+                yield Slot(tensor, real, index, rule.layout, rule.fallback)
 
 
 def _places(
@@ -306,9 +311,9 @@ class Plan:
         """Tied leaves whose published copies differ: (leaf, one tensor, the other)."""
         broken = []
         for (path, _), slots in self.slots.items():
-            first = self._read(source, slots[0], path) if len(slots) > 1 else None
+            first = self.read(source, slots[0], path) if len(slots) > 1 else None
             for other in slots[1:]:
-                if not np.array_equal(first, self._read(source, other, path), equal_nan=False):
+                if not np.array_equal(first, self.read(source, other, path), equal_nan=False):
                     broken.append((path, slots[0].tensor, other.tensor))
         return broken
 
@@ -325,7 +330,7 @@ class Plan:
         for path, indices in slices.items():
             out = None
             for index in indices:
-                piece = self._read(source, self.slots[path, index][0], path, leaves[path].shape)
+                piece = self.read(source, self.slots[path, index][0], path, leaves[path].shape)
                 if out is None:
                     out = np.empty(leaves[path].shape, dtype or piece.dtype)
                 out[... if index is None else index] = piece
@@ -333,9 +338,14 @@ class Plan:
             assert out is not None
             yield path, out
 
-    def _read(
+    def read(
         self, source: Source, slot: Slot, path: Path, shape: Shape | None = None
     ) -> np.ndarray:
+        """Read one slot's tensor, or the part of it that is `path`'s.
+
+        With the leaf's `shape`, the result is laid out as the leaf (or its slice); without, it
+        stays as published.
+        """
         tensor = source[self.names[slot.tensor]]
         if len(slot.leaves) > 1:
             # Parts of one fused tensor are of one size (queries, keys and values).
@@ -371,9 +381,14 @@ def match(
     consumed: set[str] = set()
     problems: list[str] = []
     bound: set[Path] = set()
+    fallbacks: dict[tuple[Path, int | None], Slot] = {}
     for part in parts:
         for slot in bind(part, leaves):
             bound.update(slot.leaves)
+            if slot.fallback:
+                if slot.tensor in names:
+                    fallbacks |= {(path, slot.index): slot for path in slot.leaves}
+                continue
             if slot.tensor not in names:
                 for path in slot.leaves:
                     missing.setdefault((path, slot.index), []).append(slot.tensor)
@@ -389,6 +404,7 @@ def match(
     optional = _optional(parts, leaves)
     if unbound := [path for path in leaves if path not in bound and path not in optional]:
         raise AssertionError(f"no rule fills {unbound}")  # a hole in a family's table
+    slots |= {p: [slot] for p, slot in fallbacks.items() if p in missing and p not in slots}
     lost = {place: tensors for place, tensors in missing.items() if place not in slots}
     fresh = tuple(dict.fromkeys(path for path, _ in lost if path in optional))
     fresh += tuple(path for path in optional if path not in bound)
@@ -458,7 +474,7 @@ def tensors(
         written: set[tuple[tuple[Path, ...], int | None]] = set()
         for slot in bind(part, leaves):
             key = (slot.leaves, slot.index)
-            if key in written:
+            if key in written or slot.fallback:
                 continue
             written.add(key)
             dtype = np.dtype(leaves[slot.leaves[0]].dtype)

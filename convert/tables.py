@@ -1,66 +1,33 @@
-"""From a family's table to the rules of a whole checkpoint, for each layout people publish.
+"""The rules of a whole checkpoint, for each layout that people publish.
 
-A family's `Table` lists the tensors of the bare model and of the decoder's head. `composite_parts`
-nests two of them as EncoderDecoderModel does; `whole_parts` is a family's own sequence-to-sequence
-layout; `standalone_part` reads a single checkpoint for one side of a warm start.
+`composite_parts` nests the tables of two families as EncoderDecoderModel does; `whole_parts` is a
+family's own sequence-to-sequence layout; `standalone_part` reads a single checkpoint for one side
+of a warm start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 from jax_encdec.config import Role
-from jax_encdec.convert.rules import Part, Rule, linear, published_names
+from jax_encdec.convert.bart import BART
+from jax_encdec.convert.bert import BERT, ROBERTA
+from jax_encdec.convert.gpt2 import GPT2
+from jax_encdec.convert.rules import Part, linear, published_names
+from jax_encdec.convert.table import LEFT_OUT, NO_CROSS, NO_HEAD, Table
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError
 from jax_encdec.families import FamilyConfig
 
-
-@dataclass(frozen=True)
-class Standalone:
-    """How single checkpoints hold one role's bare model.
-
-    Attributes:
-        prefixes: what stands before the body's names, tried in order.
-        rules: further names of the same leaves, complete.
-        ignored: (pattern, reason) of tensors that only this use leaves over.
-    """
-
-    prefixes: tuple[str, ...]
-    rules: tuple[Rule, ...] = ()
-    ignored: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where one family's published tensors live in a trunk's parameters.
-
-    Attributes:
-        body: rules of the bare model in a role; leaves are relative to the trunk.
-        head: rules of the decoder's language model head, under the names that stand beside the
-            nested bare model.
-        nested: how a decoder with its head nests the bare model ("bert.").
-        standalone: how single checkpoints hold the bare model in a role.
-        ignored: (pattern, reason) of tensors that checkpoints carry and nobody needs; patterns
-            match complete names.
-        whole: all rules of the family's own sequence-to-sequence model, if it has one.
-    """
-
-    body: Callable[[FamilyConfig, Role], tuple[Rule, ...]]
-    head: Callable[[FamilyConfig], tuple[Rule, ...]]
-    nested: str
-    standalone: Callable[[FamilyConfig, Role], Standalone]
-    ignored: tuple[tuple[str, str], ...] = ()
-    whole: Callable[[FamilyConfig], tuple[Rule, ...]] | None = None
-
-
-BUFFER = "a buffer that the code recomputes"
-OTHER_HEAD = "a head for another task"
-NO_HEAD = "a language model head, which an encoder has not"
-NO_CROSS = "cross-attention, which an encoder has not"
-OTHER_HALF = "the other half of the published model"
-LEFT_OUT = "a layer left out"
+TABLES: Mapping[str, Table] = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "gpt2": GPT2,
+    "bart": BART,
+}
+"""Each family's table, by its published `model_type`."""
 
 _TIED_HEAD = ("decoder", "head", "kernel"), ("decoder", "embedding", "token")
 _UNUSED = "*/kept/*"  # published, never read: a file may lack them
@@ -77,8 +44,6 @@ def _chased(aliases: dict[tuple[str, ...], tuple[str, ...]]) -> dict:
 
 def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
     """Rules of a checkpoint in EncoderDecoderModel's layout."""
-    from jax_encdec.convert import TABLES
-
     encoder, decoder = TABLES[config.encoder.model_type], TABLES[config.decoder.model_type]
     aliases = _chased(config.aliases() | _head_alias(config.decoder))
     inner = [
@@ -111,8 +76,6 @@ def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
 
 def whole_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
     """Rules of a checkpoint in a family's own sequence-to-sequence layout."""
-    from jax_encdec.convert import TABLES
-
     table = TABLES[config.decoder.model_type]
     assert table.whole is not None
     return (
@@ -149,8 +112,6 @@ def standalone_part(
     Raises:
         CheckpointError: the file holds no model of this family.
     """
-    from jax_encdec.convert import TABLES
-
     table = TABLES[config.model_type]
     names = published_names(names)
     body = table.body(config, role)

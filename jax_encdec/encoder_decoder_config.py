@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jax_encdec.config import TransformerConfig
 from jax_encdec.errors import ConfigError
 from jax_encdec.families import FAMILIES, FamilyConfig, family_config
-from jax_encdec.layers import Param
-from jax_encdec.transformer import transformer_params
+
+if TYPE_CHECKING:
+    from jax_encdec.layers import Param
 
 MODEL_TYPE = "encoder-decoder"
 ARCHITECTURE = "EncoderDecoderModel"
@@ -197,15 +198,20 @@ class EncoderDecoderConfig:
             return {("decoder", *token): ("encoder", *token)}
         return {}
 
+    def _sides(self) -> tuple[dict[Path, Param], dict[Path, Param]]:
+        from jax_encdec.transformer import transformer_params  # reading a config needs no JAX
+
+        return tuple(
+            _leaves(transformer_params(trunk)) for trunk in (self.encoder_trunk, self.decoder_trunk)
+        )
+
     def _shared(self) -> list[Path]:
         # The pooler and the head belong to one side only, cross-attention to the decoder.
-        encoder = _leaves(transformer_params(self.encoder_trunk))
-        decoder = _leaves(transformer_params(self.decoder_trunk))
+        encoder, decoder = self._sides()
         return [p for p in decoder if p in encoder and p[0] not in ("head", "kept")]
 
     def _check_tied(self) -> None:
-        encoder = _leaves(transformer_params(self.encoder_trunk))
-        decoder = _leaves(transformer_params(self.decoder_trunk))
+        encoder, decoder = self._sides()
         for path, param in decoder.items():
             if path[0] in ("head", "kept") or "cross_attention" in path:
                 continue
@@ -222,10 +228,10 @@ class EncoderDecoderConfig:
 def _leaves(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Param]:
     out: dict[Path, Param] = {}
     for name, value in tree.items():
-        if isinstance(value, Param):
-            out[(*prefix, name)] = value
-        else:
+        if isinstance(value, Mapping):
             out.update(_leaves(value, (*prefix, name)))
+        else:
+            out[(*prefix, name)] = value
     return out
 
 

@@ -65,7 +65,15 @@ def randomize(model, seed: int, scale: float = 0.35):
 
 
 def torch_pair(
-    encoder: str, decoder: str, *, hidden=(16, 16), tied=True, seed=0, vocab=None, **more
+    encoder: str,
+    decoder: str,
+    *,
+    hidden=(16, 16),
+    tied=True,
+    seed=0,
+    vocab=None,
+    attention="sdpa",
+    **more,
 ):
     """A random EncoderDecoderModel; parts are assembled by hand where PyTorch cannot."""
     enc = family_config(encoder, "encoder", hidden[0], vocab=vocab)
@@ -74,8 +82,8 @@ def torch_pair(
     if encoder == "bart":
         enc_model = transformers.BartModel(enc).encoder
     else:
-        enc_model = transformers.AutoModel.from_config(enc)
-    dec_model = transformers.AutoModelForCausalLM.from_config(dec)
+        enc_model = transformers.AutoModel.from_config(enc, attn_implementation=attention)
+    dec_model = transformers.AutoModelForCausalLM.from_config(dec, attn_implementation=attention)
     model = transformers.EncoderDecoderModel(encoder=enc_model, decoder=dec_model)
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2

@@ -95,27 +95,27 @@ def test_whole_bart():
 
 @pytest.mark.parametrize("pair", [("bert", "bert"), ("roberta", "gpt2"), ("gpt2", "bart")])
 def test_states_and_attentions(pair):
-    oracle = torch_pair(*pair, hidden=(16, 24))
-    for part in (oracle, oracle.encoder, oracle.decoder):
-        part.config._attn_implementation = "eager"
+    oracle = torch_pair(*pair, hidden=(16, 24), attention="eager")
     model, params = from_torch(oracle)
     ids, mask = source_batch(np.random.default_rng(2), batch=2)
     inputs = np.random.default_rng(3).integers(3, 50, (2, 5)).astype(np.int32)
+    wanted = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         theirs = oracle(
             input_ids=as_torch(ids),
             attention_mask=as_torch(mask),
             decoder_input_ids=as_torch(inputs),
-            output_hidden_states=True,
-            output_attentions=True,
+            **wanted,
         )
+        # The oracle's pair forgets to ask its encoder for attentions.
+        half = oracle.encoder(input_ids=as_torch(ids), attention_mask=as_torch(mask), **wanted)
+    theirs.encoder_attentions, theirs.encoder_hidden_states = half.attentions, half.hidden_states
     ours = model.apply(
         {"params": params},
         ids,
         mask,
         decoder_input_ids=inputs,
-        output_hidden_states=True,
-        output_attentions=True,
+        **wanted,
     )
     real = as_torch(mask).bool()
     close(ours.encoder_last_hidden_state[np.asarray(real)], theirs.encoder_last_hidden_state[real])

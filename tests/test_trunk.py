@@ -240,52 +240,55 @@ def test_a_position_or_type_outside_its_table_is_nan():
 
 
 @decoders
-@pytest.mark.parametrize("beams", [1, 3])
-def test_decoding_step_by_step_equals_the_whole_forward_pass(trunk, beams):
-    """Every beam's scores at every step are those of the text on its path through the pool."""
+@pytest.mark.parametrize(("lanes", "shared"), [(1, True), (3, True), (3, False)])
+def test_decoding_step_by_step_equals_the_whole_forward_pass(trunk, lanes, shared):
+    """Every lane's scores at every step are those of the text on its path through the pool."""
     steps, capacity, batch = 6, 8, 2
     params, given = params_of(trunk), source(trunk)
-    rng = np.random.default_rng(beams)
+    rng = np.random.default_rng(lanes)
+    width = lanes if shared else 1  # lanes of one pool
     caches = init_caches(
-        trunk, unstack(trunk, params), given["encoder_states"], slots=capacity * beams
+        trunk,
+        unstack(trunk, params),
+        given["encoder_states"],
+        pools=batch * lanes // width,
+        slots=capacity * width,
     )
     step = jax.jit(functools.partial(decode_step, trunk, dtype=jnp.float32))
-    whole = jax.jit(
-        lambda ids: logits(
-            trunk,
-            params,
-            transformer(
-                trunk, params, ids, **{k: np.repeat(v, beams, axis=0) for k, v in given.items()}
-            ).last_hidden_state,
-        )
-    )
-    history = np.zeros((batch, beams, steps), np.int32)
-    path = np.zeros((batch, beams, steps), np.int32)
+
+    @jax.jit
+    def whole(ids: jax.Array) -> jax.Array:
+        every = {name: jnp.repeat(value, lanes, axis=0) for name, value in given.items()}
+        return logits(trunk, params, transformer(trunk, params, ids, **every).last_hidden_state)
+
+    history = np.zeros((batch, lanes, steps), np.int32)
+    path = np.zeros((batch * lanes // width, width, capacity), np.int32)
     for t in range(steps):
-        parents = rng.integers(0, beams, (batch, beams))
         # Pads among them: tables that skip pads must skip them here, too.
-        tokens = rng.integers(PAD, 37 if t % 3 else 4, (batch, beams)).astype(np.int32)
-        history = np.take_along_axis(history, parents[..., None], axis=1)
-        path = np.take_along_axis(path, parents[..., None], axis=1)
-        history[:, :, t], path[:, :, t] = tokens, np.arange(beams)
-        visible = np.zeros((batch, beams, capacity, beams), bool)
+        tokens = rng.integers(PAD, 37 if t % 3 else 4, (batch, lanes)).astype(np.int32)
+        if shared:  # beams continue one another; lanes with their own pool only themselves
+            parents = rng.integers(0, lanes, (batch, lanes, 1))
+            history = np.take_along_axis(history, parents, axis=1)
+            path = np.take_along_axis(path, parents, axis=1)
+        history[:, :, t], path[:, :, t] = tokens, np.arange(width)
+        visible = np.zeros((*path.shape, width), bool)
         np.put_along_axis(visible[:, :, : t + 1], path[:, :, : t + 1, None], True, axis=3)
         places = np.full_like(tokens, t)
         if trunk.embedding.position is not None:
-            seen = jnp.asarray(history.reshape(-1, steps))[:, : t + 1]
-            places = learned_positions(trunk.embedding.position, seen, t + 1)[:, -1]
-            places = jnp.broadcast_to(places, batch * beams).reshape(batch, beams)
+            texts = jnp.asarray(history.reshape(-1, steps))[:, : t + 1]
+            last = learned_positions(trunk.embedding.position, texts, t + 1)[:, -1]
+            places = jnp.broadcast_to(last, batch * lanes).reshape(batch, lanes)
         scores, caches = step(
             unstack(trunk, params),
             tokens,
             caches,
             position=jnp.int32(t),
             token_positions=places,
-            visible=visible.reshape(batch, beams, -1),
+            visible=visible.reshape(*path.shape[:2], -1),
             encoder_mask=given["encoder_mask"],
         )
         expected = whole(history.reshape(-1, steps))[:, t]
-        close(scores.reshape(batch * beams, -1), expected)
+        close(scores.reshape(batch * lanes, -1), expected)
 
 
 # Layers, scanned or not --------------------------------------------------------------------------
@@ -358,11 +361,12 @@ def test_states_are_of_the_dtype_asked_for_and_logits_of_float32(trunk, dtype):
     assert scores is None or scores.dtype == jnp.float32
 
 
-@everyone
-def test_parameters_may_be_numpy_arrays(trunk):
-    """As read from a file, outside of any jit."""
-    params = jax.tree.map(np.asarray, params_of(trunk))
-    ids, given = np.asarray(text(0, 2, 5)), source(trunk)
+@pytest.mark.parametrize("name", ["t5", "roberta"])
+def test_parameters_may_be_numpy_arrays(name):
+    """As read from a file; outside of any jit, or constants of one."""
+    trunk, params = DECODERS[name], params_of(DECODERS[name])
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    ids, given = text(0, 2, 7), source(trunk)
     close(transformer(trunk, params, ids, **given).last_hidden_state, states(trunk, ids, **given))
     constant = jax.jit(lambda ids: transformer(trunk, params, ids, **given).last_hidden_state)
     close(constant(ids), states(trunk, ids, **given))
@@ -398,20 +402,18 @@ def test_dropout_acts_in_each_place_by_key_alone(name, place):
     assert np.abs(found(wild, 3) - found(wild, 4)).max() > 0.01
 
 
-def test_every_layer_draws_its_own_dropout():
-    """Seen where nothing else tells layers apart: branches that put out only their biases."""
-    calm = GPT2.to_trunk("encoder")
-    params = jax.tree.map(np.zeros_like, params_of(calm))
-    for name in ("self_attention", "mlp"):
-        out = params["segment_0"]["block_0"][name]["out" if name != "mlp" else "down"]
-        out["bias"] = np.ones_like(out["bias"])
-    wild = replace(calm, dropout=Dropout(residual=0.5))
-    out = run(wild, params, text(0, 1, 8), dropout_key=jax.random.key(0), output_hidden_states=True)
-    first, second = (
-        b - a for a, b in zip(out.hidden_states[:2], out.hidden_states[1:3], strict=True)
-    )
-    del second
-    assert set(np.unique(first)) == {0.0, 2.0, 4.0}  # attention's mask is not the feed-forward's
+def test_every_sublayer_and_layer_draws_its_own_dropout():
+    """Seen where branches put out nothing but a bias: each residual mask is laid bare."""
+    trunk = replace(GPT2.to_trunk("encoder"), final_norm=None, dropout=Dropout(residual=0.5))
+    params = jax.tree.map(np.zeros_like, params_of(trunk))
+    block = params["segment_0"]["block_0"]
+    block["self_attention"]["out"]["bias"] += 1
+    block["mlp"]["down"]["bias"] += 10
+    key = jax.random.key(0)
+    out = run(trunk, params, text(0, 1, 8), dropout_key=key, output_hidden_states=True)
+    _, first, both = (np.asarray(x) for x in out.hidden_states)
+    assert set(np.unique(first)) == {0.0, 2.0, 20.0, 22.0}
+    assert np.mean(both - first == first) < 0.5
 
 
 # Declarations ------------------------------------------------------------------------------------

@@ -105,12 +105,8 @@ def run(args: argparse.Namespace) -> int:
         )
         shown = held_out[:SHOWN]
         print(table(shown, pipe([text for text, _ in shown], num_beams=4)))
-        measured = {
-            "steps": args.steps,
-            "seed": args.seed,
-            "losses": losses,
-            "exact_match": right / HELD_OUT,
-        }
+        measured = {"steps": args.steps, "seed": args.seed, "losses": losses}
+        measured["exact_match"] = right / HELD_OUT
         (folder / MARK).write_text(json.dumps(measured) + "\n")
     where = shlex.quote(args.output)
     print(f"\nsaved: {where}, which PyTorch's EncoderDecoderModel.from_pretrained opens, too")
@@ -247,8 +243,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
             yield Path(folder)
             # config.json comes last: without it, a folder is no model.
-            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == "config.json")
-            for file in files:
+            for file in sorted(Path(folder).iterdir(), key=lambda f: f.name == "config.json"):
                 os.replace(file, output / file.name)
     finally:
         if not any(output.iterdir()):
