@@ -105,7 +105,7 @@ def convert(
             staging, entries, max_shard_bytes=max_shard_bytes, progress=written
         )
         dtypes = Counter(str(info.dtype) for _, info, _ in entries)
-        data = _with_dtype(config.to_dict(), dtypes.most_common(1)[0][0])
+        data = pretrained.published_config(config, dtypes.most_common(1)[0][0])
         hub.write_json(staging / "config.json", data)
         defaults = pretrained.generation_defaults(generation_config, config)
         hub.write_json(staging / "generation_config.json", defaults.to_dict())
@@ -190,16 +190,6 @@ def _common(source: TensorSource, names: list[str]) -> np.dtype:
     if len(kinds) == 1:
         return kinds.pop()
     return np.dtype(np.float64 if max(kind.itemsize for kind in kinds) > 4 else np.float32)
-
-
-def _with_dtype(data: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json saying, wherever it says so, in which dtype the weights are."""
-    data["dtype"] = dtype
-    for part in (data, data.get("encoder"), data.get("decoder")):
-        for key in ("dtype", "torch_dtype"):  # The latter until Transformers 4.55.
-            if isinstance(part, dict) and part.get(key) is not None:
-                part[key] = dtype
-    return data
 
 
 # Files -------------------------------------------------------------------------------------------

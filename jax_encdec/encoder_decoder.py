@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax_encdec import layers
 from jax_encdec.config import TransformerConfig
 from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.embedding import logits
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import ConfigError, InputError
 from jax_encdec.layers import Params, dense, dense_params
-from jax_encdec.transformer import logits, transformer, transformer_params
+from jax_encdec.transformer import transformer, transformer_params
 
 if TYPE_CHECKING:
     from pathlib import Path

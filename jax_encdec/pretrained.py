@@ -458,11 +458,22 @@ def save_pretrained(
         entries = write_order(config, flat)
         write_safetensors(folder, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         dtype = next(iter(flat.values())).dtype
-        hub.write_json(folder / "config.json", config.to_dict() | {"dtype": str(dtype)})
+        hub.write_json(folder / "config.json", published_config(config, str(dtype)))
         defaults = generation_defaults(model.generation_config, config)
         hub.write_json(folder / "generation_config.json", defaults.to_dict())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def published_config(config: EncoderDecoderConfig, dtype: str) -> dict[str, Any]:
+    """config.json saying, wherever it says so, in which dtype the weights are."""
+    data = config.to_dict()
+    data["dtype"] = dtype
+    for part in (data, data.get("encoder"), data.get("decoder")):
+        for key in ("dtype", "torch_dtype"):  # the latter until Transformers 4.55
+            if isinstance(part, dict) and part.get(key) is not None:
+                part[key] = dtype
+    return data
 
 
 def write_order(config: EncoderDecoderConfig, flat: Mapping[TreePath, Any]) -> Any:

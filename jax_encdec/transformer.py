@@ -22,13 +22,12 @@ from jax_encdec.attention import KV
 from jax_encdec.config import (
     Attention,
     Block,
-    Embedding,
     FeedForward,
-    Head,
     Segment,
     Sublayer,
     TransformerConfig,
 )
+from jax_encdec.embedding import embed, embedding_params, head_params, logits
 from jax_encdec.layers import (
     Param,
     Params,
@@ -72,7 +71,7 @@ class TransformerOutput(NamedTuple):
 
 def transformer_params(config: TransformerConfig) -> dict[str, Any]:
     """Declare every parameter of a trunk, as a nested dict of `Param`."""
-    params: dict[str, Any] = {"embedding": _embedding_params(config, config.embedding)}
+    params: dict[str, Any] = {"embedding": embedding_params(config)}
     if config.bucket_bias is not None:
         heads = next(a.heads for a in config.attentions() if a.bucket_bias)
         params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, config.init_std)
@@ -82,7 +81,7 @@ def transformer_params(config: TransformerConfig) -> dict[str, Any]:
     if config.final_norm is not None:
         params["final_norm"] = norm_params(config.final_norm, config.hidden)
     if config.head is not None:
-        head = _head_params(config, config.head)
+        head = head_params(config)
         if head:
             params["head"] = head
     if config.kept:
@@ -94,21 +93,6 @@ def transformer_params(config: TransformerConfig) -> dict[str, Any]:
             )
             for kept in config.kept
         }
-    return params
-
-
-def _embedding_params(config: TransformerConfig, embedding: Embedding) -> dict[str, Any]:
-    std, width = config.init_std, embedding.width
-    params: dict[str, Any] = {"token": Param((embedding.vocab, width), ("vocab", "embed"), std)}
-    if embedding.position is not None:
-        params["position"] = Param((embedding.position.length, width), (None, "embed"), std)
-    if embedding.types:
-        params["type"] = Param((embedding.types, width), (None, "embed"), std)
-    if embedding.norm is not None:
-        params["norm"] = norm_params(embedding.norm, width)
-    if embedding.project:
-        inputs, outputs = {"embed_in": width}, {"embed": config.hidden}
-        params["project"] = dense_params(inputs, outputs, bias=True, std=std)
     return params
 
 
@@ -133,22 +117,6 @@ def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]
     for place in ("before", "branch", "after"):
         if (rule := getattr(sub, place)) is not None:
             params[f"norm_{place}"] = norm_params(rule, config.hidden)
-    return params
-
-
-def _head_params(config: TransformerConfig, head: Head) -> dict[str, Any]:
-    width = config.embedding.width
-    params: dict[str, Any] = {}
-    if head.transform is not None:
-        inputs, outputs = {"embed": config.hidden}, {"embed_out": width}
-        params["transform"] = dense_params(inputs, outputs, bias=True, std=config.init_std)
-        params["norm"] = norm_params(head.transform, width)
-    if not head.tied:
-        # Laid out like the embedding that it replaces, so that tying is mere sharing.
-        shape = (config.embedding.vocab, width)
-        params["kernel"] = Param(shape, ("vocab", "embed"), config.init_std)
-    if head.bias != "none":
-        params["bias"] = Param((config.embedding.vocab,), ("vocab",))
     return params
 
 
@@ -189,41 +157,6 @@ class _Call:
         for part in path:
             key = None if key is None else jax.random.fold_in(key, part)
         return key
-
-
-def embed(
-    config: TransformerConfig,
-    params: Params,
-    input_ids: jax.Array | None,
-    *,
-    inputs_embeds: jax.Array | None = None,
-    token_type_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Embed tokens `[B, Q]` (or embeddings `[B, Q, width]`) as states `[B, Q, D]` in `dtype`."""
-    embedding, p = config.embedding, params["embedding"]
-    x = _rows(p["token"], input_ids) if inputs_embeds is None else inputs_embeds
-    x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
-    if embedding.types:
-        types = jnp.zeros(x.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
-        x = x + _rows(p["type"], types).astype(dtype)
-    if embedding.position is not None:
-        if positions is None:
-            positions = attn.learned_positions(embedding.position, input_ids, x.shape[1])
-        rows = positions + embedding.position.offset
-        x = x + _rows(p["position"], rows).astype(dtype)
-    if embedding.norm is not None:
-        x = norm(embedding.norm, p["norm"], x)
-    x = dropout(x, config.dropout.embedding, dropout_key)
-    return dense(p["project"], x) if embedding.project else x
-
-
-def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    # An id outside the table is NaN, never another row: JAX's default would clamp it.
-    rows = jnp.asarray(table).at[ids]
-    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def transformer(
@@ -451,24 +384,6 @@ def _feed_forward(
     up, act = dense(params["up"], h), activation(config.activation)
     y = act(dense(params["gate"], h)) * up if config.gated else act(up)
     return dense(params["down"], dropout(y, call.config.dropout.activation, key))
-
-
-def logits(config: TransformerConfig, params: Params, states: jax.Array) -> jax.Array:
-    """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
-    head, p = config.head, params.get("head", {})
-    assert head is not None
-    if head.transform is not None:
-        states = activation(head.activation)(dense(p["transform"], states))
-        states = norm(head.transform, p["norm"], states)
-    kernel = params["embedding"]["token"] if head.tied else p["kernel"]
-    states = states * jnp.asarray(head.scale, states.dtype)
-    y = jnp.einsum(
-        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
-    )
-    if head.bias != "none":
-        bias = p["bias"].astype(jnp.float32)
-        y = y + (jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias)
-    return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
 
 
 # Decoding ----------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ import pytest
 from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
 from jax_encdec.cli import dates, demo
 
+# One worker trains once for all of these.
+pytestmark = pytest.mark.xdist_group("demo")
+
 FILES = {
     "config.json",
     "demo.json",

@@ -1,0 +1,114 @@
+"""The two ends of the trunk: token embeddings in, logits over the vocabulary out.
+
+They stand together because they share parameters where a model ties them. Axis letters as in
+`attention.py`, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_encdec.attention import learned_positions
+from jax_encdec.config import TransformerConfig
+from jax_encdec.layers import (
+    Param,
+    Params,
+    activation,
+    dense,
+    dense_params,
+    dropout,
+    norm,
+    norm_params,
+)
+
+
+def embedding_params(config: TransformerConfig) -> dict[str, Any]:
+    """Declare the embeddings of a trunk."""
+    embedding = config.embedding
+    std, width = config.init_std, embedding.width
+    params: dict[str, Any] = {"token": Param((embedding.vocab, width), ("vocab", "embed"), std)}
+    if embedding.position is not None:
+        params["position"] = Param((embedding.position.length, width), (None, "embed"), std)
+    if embedding.types:
+        params["type"] = Param((embedding.types, width), (None, "embed"), std)
+    if embedding.norm is not None:
+        params["norm"] = norm_params(embedding.norm, width)
+    if embedding.project:
+        inputs, outputs = {"embed_in": width}, {"embed": config.hidden}
+        params["project"] = dense_params(inputs, outputs, bias=True, std=std)
+    return params
+
+
+def embed(
+    config: TransformerConfig,
+    params: Params,
+    input_ids: jax.Array | None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    token_type_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Embed tokens `[B, Q]` (or embeddings `[B, Q, width]`) as states `[B, Q, D]` in `dtype`."""
+    embedding, p = config.embedding, params["embedding"]
+    x = _rows(p["token"], input_ids) if inputs_embeds is None else inputs_embeds
+    x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
+    if embedding.types:
+        types = jnp.zeros(x.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
+        x = x + _rows(p["type"], types).astype(dtype)
+    if embedding.position is not None:
+        if positions is None:
+            positions = learned_positions(embedding.position, input_ids, x.shape[1])
+        rows = positions + embedding.position.offset
+        x = x + _rows(p["position"], rows).astype(dtype)
+    if embedding.norm is not None:
+        x = norm(embedding.norm, p["norm"], x)
+    x = dropout(x, config.dropout.embedding, dropout_key)
+    return dense(p["project"], x) if embedding.project else x
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    # An id outside the table is NaN, never another row: JAX's default would clamp it.
+    rows = jnp.asarray(table).at[ids]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def head_params(config: TransformerConfig) -> dict[str, Any]:
+    """Declare the language model head of a trunk; what is tied has no leaf of its own."""
+    head = config.head
+    assert head is not None
+    width = config.embedding.width
+    params: dict[str, Any] = {}
+    if head.transform is not None:
+        inputs, outputs = {"embed": config.hidden}, {"embed_out": width}
+        params["transform"] = dense_params(inputs, outputs, bias=True, std=config.init_std)
+        params["norm"] = norm_params(head.transform, width)
+    if not head.tied:
+        # Laid out like the embedding that it replaces, so that tying is mere sharing.
+        shape = (config.embedding.vocab, width)
+        params["kernel"] = Param(shape, ("vocab", "embed"), config.init_std)
+    if head.bias != "none":
+        params["bias"] = Param((config.embedding.vocab,), ("vocab",))
+    return params
+
+
+def logits(config: TransformerConfig, params: Params, states: jax.Array) -> jax.Array:
+    """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
+    head, p = config.head, params.get("head", {})
+    assert head is not None
+    if head.transform is not None:
+        states = activation(head.activation)(dense(p["transform"], states))
+        states = norm(head.transform, p["norm"], states)
+    kernel = params["embedding"]["token"] if head.tied else p["kernel"]
+    states = states * jnp.asarray(head.scale, states.dtype)
+    y = jnp.einsum(
+        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
+    )
+    if head.bias != "none":
+        bias = p["bias"].astype(jnp.float32)
+        y = y + (jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias)
+    return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
