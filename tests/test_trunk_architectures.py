@@ -16,6 +16,8 @@ from trunks import HEADS, HIDDEN, VOCAB, WIDTH
 
 from jax_encdec.attention import bucket_bias, rotate
 from jax_encdec.config import BucketBias, Rotary
+from jax_encdec.convert import gpt2
+from jax_encdec.families import GPT2Config
 from jax_encdec.transformer import logits, transformer
 
 torch, transformers = oracle.torch, oracle.transformers
@@ -127,6 +129,24 @@ def test_electra(seed):
     )
     model = oracle.randomize(transformers.ElectraModel(config), seed)
     check_encoder(model, trunk, trunks.ELECTRA, seed, types=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_gpt2_scales_attention_by_layer_or_not_at_all(by_layer, seed):
+    """A family already, here with the options that its published checkpoints leave alone."""
+    options = {
+        "vocab_size": VOCAB,
+        "n_embd": HIDDEN,
+        "n_layer": 4,
+        "n_head": HEADS,
+        "n_positions": 40,
+        "scale_attn_weights": by_layer,
+        "scale_attn_by_inverse_layer_idx": by_layer,
+    }
+    ours, theirs = GPT2Config(**options), transformers.GPT2Config(**options)
+    model = oracle.randomize(transformers.GPT2Model(theirs), seed, scale=0.25)
+    check_encoder(model, ours.to_trunk("encoder"), gpt2.body(ours, "encoder"), seed)
 
 
 # T5 ----------------------------------------------------------------------------------------------
