@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_encdec.config import Role
 from jax_encdec.convert.rules import Row, Rule, linear, norm
-from jax_encdec.convert.table import OTHER_HALF, OTHER_HEAD, Standalone, Table
+from jax_encdec.convert.table import BUFFER, OTHER_HALF, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 
 
@@ -72,6 +72,8 @@ BART = Table(
     standalone=standalone,
     ignored=(
         ("classification_head.*", OTHER_HEAD),
+        ("*encoder.version", BUFFER),
+        ("*decoder.version", BUFFER),
         ("final_logits_bias", "a bias that only the whole model adds"),
     ),
     whole=whole,

@@ -39,8 +39,8 @@ GPT2 = Table(
     nested="transformer.",
     standalone=lambda config, role: Standalone(("transformer.", "")),
     ignored=(
-        ("*attn.bias", BUFFER),
-        ("*attn.masked_bias", BUFFER),
+        ("*.attn.bias", BUFFER),
+        ("*.attn.masked_bias", BUFFER),
         ("*crossattention.bias", BUFFER),
         ("*crossattention.masked_bias", BUFFER),
         ("multiple_choice_head.*", OTHER_HEAD),

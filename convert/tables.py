@@ -8,6 +8,7 @@ of a warm start.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from jax_encdec.config import Role
 from jax_encdec.convert.bart import BART
@@ -74,13 +75,21 @@ def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
     )
 
 
-def whole_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
-    """Rules of a checkpoint in a family's own sequence-to-sequence layout."""
+def whole_parts(config: EncoderDecoderConfig, names: Iterable[str] = ()) -> tuple[Part, ...]:
+    """Rules of a checkpoint in a family's own sequence-to-sequence layout.
+
+    Many were published without their head, and so without the prefix that the head's class puts
+    before everything: `names`, the file's tensors, show which it is.
+    """
     table = TABLES[config.decoder.model_type]
     assert table.whole is not None
+    rules = table.whole(config.decoder)
+    names = published_names(names)
+    if names and not any(name.startswith("model.") for name in names):
+        rules = tuple(replace(rule, tensor=rule.tensor.removeprefix("model.")) for rule in rules)
     return (
         Part(
-            table.whole(config.decoder),
+            rules,
             trunks={"encoder": config.encoder_trunk, "decoder": config.decoder_trunk},
             ignored=table.ignored,
             aliases=_chased(config.aliases() | _head_alias(config.decoder)),
@@ -89,9 +98,13 @@ def whole_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
     )
 
 
-def parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
-    """Rules of a pair's checkpoint in the layout that its configuration names."""
-    return whole_parts(config) if config.whole else composite_parts(config)
+def parts(config: EncoderDecoderConfig, names: Iterable[str] = ()) -> tuple[Part, ...]:
+    """Rules of a pair's checkpoint in the layout that its configuration names.
+
+    Args:
+        names: the tensors of the file to be read; none for writing.
+    """
+    return whole_parts(config, names) if config.whole else composite_parts(config)
 
 
 def standalone_part(

@@ -41,6 +41,13 @@ def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Arra
     return query_segments[:, :, None] == key_segments[:, None, :]
 
 
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """`[B, Q]` segment ids -> positions `[B, Q]` that start from zero in each run of one id."""
+    order = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    new = (order == 0) | (segments != jnp.roll(segments, 1, axis=1))
+    return order - jax.lax.cummax(jnp.where(new, order, 0), axis=1)
+
+
 def positional_mask(
     query_positions: jax.Array, key_positions: jax.Array, *, causal: bool, window: int | None
 ) -> jax.Array | None:

@@ -83,6 +83,7 @@ def head_params(config: TransformerConfig) -> dict[str, Any]:
     assert head is not None
     width = config.embedding.width
     params: dict[str, Any] = {}
+    activation(head.activation)
     if head.transform is not None:
         inputs, outputs = {"embed": config.hidden}, {"embed_out": width}
         params["transform"] = dense_params(inputs, outputs, bias=True, std=config.init_std)
@@ -92,7 +93,8 @@ def head_params(config: TransformerConfig) -> dict[str, Any]:
         shape = (config.embedding.vocab, width)
         params["kernel"] = Param(shape, ("vocab", "embed"), config.init_std)
     if head.bias != "none":
-        params["bias"] = Param((config.embedding.vocab,), ("vocab",))
+        trained = head.bias == "trained"
+        params["bias"] = Param((config.embedding.vocab,), ("vocab",), trained=trained)
     return params
 
 

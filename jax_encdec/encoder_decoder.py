@@ -9,6 +9,7 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,26 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_encdec import layers
-from jax_encdec.config import TransformerConfig
+from jax_encdec.checks import (
+    check_ids,
+    check_inputs,
+    check_positions,
+    check_shape,
+    check_states,
+    check_types,
+)
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.embedding import logits
-from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig, Path
 from jax_encdec.errors import ConfigError, InputError
 from jax_encdec.layers import Params, dense, dense_params
 from jax_encdec.transformer import transformer, transformer_params
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from os import PathLike
 
     from jax_encdec.decoding.engine import GenerationOutput
 
@@ -100,17 +107,28 @@ def _init_params(config: EncoderDecoderConfig, key: jax.Array, dtype: Any) -> An
 # Loss --------------------------------------------------------------------------------------------
 
 
-def shift_right(labels: jax.Array, start: int, pad: int) -> jax.Array:
-    """Labels `[B, T]` -> decoder inputs `[B, T]`: `start`, then all labels but the last."""
-    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-    return jnp.where(shifted == IGNORE, pad, shifted)
+def shift_right(
+    labels: jax.Array, start: int, pad: int, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Labels `[B, T]` -> decoder inputs and mask, `[B, T]`: `start`, then all labels but the last.
+
+    Each segment starts anew. The mask is 0 at pads, but never at a start.
+    """
+    opens = jnp.arange(labels.shape[1])[None, :] == 0
+    if segment_ids is not None:
+        opens = opens | (segment_ids != jnp.roll(segment_ids, 1, axis=1))
+    shifted = jnp.roll(labels, 1, axis=1)
+    shifted = jnp.where(opens, start, jnp.where(shifted == IGNORE, pad, shifted))
+    return shifted, (shifted != pad) | opens
 
 
 def cross_entropy(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits `[B, T, V]`, labels `[B, T]` -> summed loss in nats and number of labels counted."""
     counted = labels != IGNORE
     safe = jnp.where(counted, labels, 0)
-    picked = jnp.take_along_axis(scores, safe[..., None], axis=-1)[..., 0]
+    # Outside the vocabulary the loss is NaN, never another token's.
+    safe = jnp.where(safe < 0, scores.shape[-1], safe)
+    picked = jnp.take_along_axis(scores, safe[..., None], axis=-1, mode="fill")[..., 0]
     loss = jax.nn.logsumexp(scores, axis=-1) - picked
     return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted.astype(jnp.float32))
 
@@ -133,6 +151,12 @@ class EncoderDecoderModel(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        # One spelling of each dtype, so that equal models are one key of a compilation cache.
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+        super().__post_init__()
+
     def setup(self):
         """Declare the parameters, each part one entry of the `params` collection."""
 
@@ -142,6 +166,11 @@ class EncoderDecoderModel(nn.Module):
                 lambda p, value: nn.LogicallyPartitioned(value, p.axes), tree, values
             )
 
+        if self.has_variable("params", "encoder"):
+            given = self.variables["params"]
+            check_tree(self.config, flatten_dict(plain_params(given)))
+            self._params = plain_params(given)
+            return
         declared = model_params(self.config)
         self._params = {
             part: self.param(part, lambda key, tree=tree: boxed(tree, key))
@@ -191,12 +220,12 @@ class EncoderDecoderModel(nn.Module):
         """
         decoder_mask = decoder_attention_mask
         if labels is not None:
-            _check_ids("labels", labels, self.config.decoder.vocab_size, also=IGNORE)
+            labels = check_ids("labels", labels, self.config.decoder.vocab_size, also=IGNORE)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 start, pad = self.token_id("decoder_start_token_id"), self.token_id("pad_token_id")
-                decoder_input_ids = shift_right(labels, start, pad)
-                if decoder_mask is None:
-                    decoder_mask = (decoder_input_ids != pad).at[:, 0].set(True)
+                check_shape("decoder_segment_ids", decoder_segment_ids, labels.shape)
+                decoder_input_ids, shown = shift_right(labels, start, pad, decoder_segment_ids)
+                decoder_mask = shown if decoder_mask is None else decoder_mask
         if encoder_outputs is None:
             encoder_outputs = self.encode(
                 input_ids,
@@ -226,6 +255,7 @@ class EncoderDecoderModel(nn.Module):
         )
         if labels is None:
             return out
+        check_shape("labels", labels, out.logits.shape[:2])
         total, weight = cross_entropy(out.logits, labels)
         return out.replace(
             loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight
@@ -246,8 +276,9 @@ class EncoderDecoderModel(nn.Module):
     ) -> EncoderOutput:
         """Run the encoder alone; arguments as in `__call__`. States are `[B, S, D_encoder]`."""
         trunk = self.config.encoder_trunk
-        check_inputs("input_ids", input_ids, inputs_embeds, trunk)
-        check_types(token_type_ids, trunk)
+        input_ids, shape = check_inputs("input_ids", input_ids, inputs_embeds, trunk)
+        attention_mask = check_shape("attention_mask", attention_mask, shape)
+        segment_ids = check_shape("segment_ids", segment_ids, shape)
         out = transformer(
             trunk,
             self._tree()["encoder"],
@@ -255,8 +286,8 @@ class EncoderDecoderModel(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
-            token_type_ids=token_type_ids,
-            position_ids=trunk_positions(position_ids, trunk),
+            token_type_ids=check_types(token_type_ids, shape, trunk),
+            position_ids=check_positions("position_ids", position_ids, shape, trunk),
             dtype=self.dtype,
             dropout_key=None if deterministic else self.make_rng("dropout"),
             output_hidden_states=output_hidden_states,
@@ -283,7 +314,22 @@ class EncoderDecoderModel(nn.Module):
         if not isinstance(encoder_outputs, EncoderOutput):
             encoder_outputs = EncoderOutput(encoder_outputs)
         trunk, params = self.config.decoder_trunk, self._tree()
-        check_inputs("decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk)
+        decoder_input_ids, shape = check_inputs(
+            "decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk
+        )
+        states = check_states(encoder_outputs.last_hidden_state, self.config.encoder_trunk.hidden)
+        if states.shape[0] != shape[0]:
+            raise InputError(
+                f"source and target must have as many rows; got {states.shape[0]} and {shape[0]}"
+            )
+        encoder_attention_mask = check_shape(
+            "attention_mask", encoder_attention_mask, states.shape[:2]
+        )
+        encoder_segment_ids = check_shape("segment_ids", encoder_segment_ids, states.shape[:2])
+        decoder_attention_mask = check_shape(
+            "decoder_attention_mask", decoder_attention_mask, shape
+        )
+        decoder_segment_ids = check_shape("decoder_segment_ids", decoder_segment_ids, shape)
         out = transformer(
             trunk,
             params["decoder"],
@@ -291,8 +337,10 @@ class EncoderDecoderModel(nn.Module):
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             segment_ids=decoder_segment_ids,
-            position_ids=trunk_positions(decoder_position_ids, trunk),
-            encoder_states=project(params, encoder_outputs.last_hidden_state.astype(self.dtype)),
+            position_ids=check_positions(
+                "decoder_position_ids", decoder_position_ids, shape, trunk
+            ),
+            encoder_states=project(params, states.astype(self.dtype)),
             encoder_mask=encoder_attention_mask,
             encoder_segment_ids=encoder_segment_ids,
             dtype=self.dtype,
@@ -331,6 +379,12 @@ class EncoderDecoderModel(nn.Module):
         return layers.logical_axes(model_params(self.config))
 
     @nn.nowrap
+    def trainable(self) -> dict[str, Any]:
+        """A tree of booleans like the parameters: False for what published files carry along and
+        training must leave as it is, by `optax.masked(optimizer, model.trainable())`."""
+        return layers.tree_map(lambda p: p.trained, model_params(self.config))
+
+    @nn.nowrap
     def token_id(self, name: str) -> int:
         """Resolve `decoder_start_token_id`, `pad_token_id` or the first `eos_token_id`.
 
@@ -343,21 +397,23 @@ class EncoderDecoderModel(nn.Module):
         return resolve_ids(name, self.generation_config, self.config)[0]
 
     @nn.nowrap
-    def generate(self, params: Params, input_ids: Any, **options: Any) -> GenerationOutput:
+    def generate(self, params: Params, input_ids: Any = None, **options: Any) -> GenerationOutput:
         """Generate target sequences; see `jax_encdec.decoding.engine.generate`."""
         from jax_encdec.decoding.engine import generate
 
         return generate(self, params, input_ids, **options)
 
     @nn.nowrap
-    def save_pretrained(self, folder: str | Path, params: Params, **options: Any) -> None:
+    def save_pretrained(self, folder: str | PathLike[str], params: Params, **options: Any) -> None:
         """Save what PyTorch opens as its own; see `jax_encdec.pretrained.save_pretrained`."""
         from jax_encdec.pretrained import save_pretrained
 
         save_pretrained(folder, self, params, **options)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> tuple[EncoderDecoderModel, Any]:
+    def from_pretrained(
+        cls, path: str | PathLike[str], **options: Any
+    ) -> tuple[EncoderDecoderModel, Any]:
         """Load a published pair; see `jax_encdec.pretrained.from_pretrained`."""
         from jax_encdec.pretrained import from_pretrained
 
@@ -378,7 +434,7 @@ def project(params: Params, states: jax.Array) -> jax.Array:
     return dense(params["enc_to_dec_proj"], states) if "enc_to_dec_proj" in params else states
 
 
-# Ids and checks ----------------------------------------------------------------------------------
+# Ids and trees -----------------------------------------------------------------------------------
 
 _FALLBACK = {"decoder_start_token_id": "bos_token_id", "pad_token_id": "eos_token_id"}
 
@@ -390,73 +446,45 @@ def resolve_ids(
     for key in (name, _FALLBACK.get(name)):
         if key is None:
             continue
-        for source in (generation_config, config, config.decoder):
-            value = getattr(source, key, None)
+        part = getattr(config.decoder, key, config.decoder.extra.get(key))
+        for value in (getattr(generation_config, key), getattr(config, key, None), part):
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
-            # A family's default id means nothing in a vocabulary that does not hold it.
-            if ids and all(0 <= i < config.decoder.vocab_size for i in ids):
+            inside = all(isinstance(i, int) and 0 <= i < config.decoder.vocab_size for i in ids)
+            if ids and inside:
                 return ids
+            # A family's default id means nothing in a vocabulary that does not hold it; one that
+            # was asked for is a mistake.
+            if ids and value is not part:
+                raise ConfigError(
+                    f"{key} must be within the decoder's vocabulary, "
+                    f"0..{config.decoder.vocab_size - 1}; got {value}"
+                )
     raise ConfigError(
         f"{name} is not defined by the generation config, the config or the decoder's config; "
-        f"set it: EncoderDecoderConfig(..., {name}=...), or pass {name}=... to generate"
+        f"set it with {name}=... in EncoderDecoderConfig(...), "
+        f"from_encoder_decoder_pretrained(...) or generate(...)"
     )
 
 
-def _concrete(x: Any) -> bool:
-    return x is not None and not isinstance(x, jax.core.Tracer)
+def plain_params(params: Any) -> dict[str, Any]:
+    """A plain nested dict of arrays, from it or from what `model.init` returns."""
+    if isinstance(params, Mapping) and set(params) == {"params"}:
+        params = params["params"]
+    if not isinstance(params, Mapping):
+        raise InputError(f"params must be a nested dict of arrays; got {type(params).__name__}")
+    return dict(nn.meta.unbox(params))
 
 
-def _check_ids(name: str, ids: Any, size: int, also: int | None = None) -> None:
-    """Refuse ids outside the vocabulary. Under a trace values are unknown; an id outside then
-    turns its row into NaN, not into somebody else's embedding."""
-    if not _concrete(ids):
-        return
-    values = np.asarray(ids)
-    if values.dtype.kind not in "iu":
-        raise InputError(f"{name} must be integers; got {values.dtype}")
-    bad = (values < 0) | (values >= size)
-    if also is not None:
-        bad &= values != also
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise InputError(
-            f"{name}{list(where)} is {values[where]}, outside the vocabulary 0..{size - 1}"
-        )
-
-
-def check_inputs(name: str, ids: Any, embeds: Any, trunk: TransformerConfig) -> None:
-    """Refuse tokens `[batch, length]` that are missing, too long or outside the vocabulary."""
-    if (ids is None) == (embeds is None):
-        given = "neither" if ids is None else "both"
-        embeds_name = name.replace("input_ids", "inputs_embeds")
-        raise InputError(f"give exactly one of {name} and {embeds_name}; got {given}")
-    if ids is not None:
-        if jnp.ndim(ids) != 2:
-            raise InputError(f"{name} must have shape [batch, length]; got {jnp.shape(ids)}")
-        _check_ids(name, ids, trunk.embedding.vocab)
-    length = jnp.shape(embeds if ids is None else ids)[1]
-    if trunk.max_length is not None and length > trunk.max_length:
-        raise InputError(
-            f"{name} is {length} tokens long, but the model has positions for {trunk.max_length}; "
-            f"truncate it"
-        )
-
-
-def check_types(types: Any, trunk: TransformerConfig) -> None:
-    """Refuse token types that the trunk has no rows for."""
-    if types is None:
-        return
-    if not trunk.embedding.types:
-        raise InputError("this encoder has no token types; leave token_type_ids out")
-    _check_ids("token_type_ids", types, trunk.embedding.types)
-
-
-def trunk_positions(ids: jax.Array | None, trunk: TransformerConfig) -> jax.Array | None:
-    """Position ids as published models take them -> as the trunk counts them, from zero.
-
-    Models that skip pads (RoBERTa) number the rows of their table.
-    """
-    position = trunk.embedding.position
-    if ids is None or position is None or position.pad_token_id is None:
-        return ids
-    return ids - position.offset
+def check_tree(config: EncoderDecoderConfig, flat: Mapping[Path, Any]) -> None:
+    """Refuse parameters, by path, that are not the model's, naming the first differences."""
+    declared = flatten_dict(model_params(config))
+    problems = [f"{'/'.join(p)} is missing" for p in declared if p not in flat]
+    problems += [f"{'/'.join(p)} is unexpected" for p in flat if p not in declared]
+    problems += [
+        f"{'/'.join(p)} has shape {tuple(flat[p].shape)}, expected {leaf.shape}"
+        for p, leaf in declared.items()
+        if p in flat and tuple(flat[p].shape) != leaf.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"params do not fit the model: {'; '.join(problems[:3])}{more}")

@@ -8,6 +8,7 @@ pair is loaded from it, and saved to it, as it is.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "encoder-decoder"
 ARCHITECTURE = "EncoderDecoderModel"
-_ALSO_CALLED = ("encoder_decoder",)  # by the oldest files
+MODEL_TYPES = (MODEL_TYPE, "encoder_decoder")  # the latter in the oldest files
+
+_ID_FIELDS = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
 
 Path = tuple[str, ...]
 """Where a leaf stands in the parameter tree."""
@@ -58,8 +61,9 @@ class EncoderDecoderConfig:
                     f"{part} must be a family's configuration such as BertConfig(); "
                     f"got {type(getattr(self, part)).__name__}"
                 )
-        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-            ids = getattr(self, name)
+        for name in _ID_FIELDS:
+            ids = _ids(name, getattr(self, name))
+            object.__setattr__(self, name, ids)
             for i in ids if isinstance(ids, tuple) else (ids,):
                 if i is not None and not 0 <= i < self.decoder.vocab_size:
                     raise ConfigError(
@@ -74,6 +78,8 @@ class EncoderDecoderConfig:
             )
         if self.whole and self.encoder != self.decoder:
             raise ConfigError("a whole model has one configuration for both halves")
+        # Whatever cannot be translated is refused now, not when weights have been read.
+        _ = self.encoder_trunk, self.decoder_trunk
         if self.tie_encoder_decoder:
             self._check_tied()
 
@@ -100,7 +106,7 @@ class EncoderDecoderConfig:
         if isinstance(kind, str) and kind in FAMILIES and FAMILIES[kind].whole_architecture:
             part = family_config(data, where)
             return cls(encoder=part, decoder=part, whole=True)
-        if kind not in (MODEL_TYPE, *_ALSO_CALLED):
+        if kind not in MODEL_TYPES:
             hint = ""
             if isinstance(kind, str) and kind in FAMILIES:
                 hint = (
@@ -118,7 +124,7 @@ class EncoderDecoderConfig:
         for key, value in data.items():
             if key in ("encoder", "decoder", "model_type", "is_encoder_decoder"):
                 continue
-            if key in ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
+            if key in _ID_FIELDS:
                 values[key] = _ids(f"{where}: {key}", value)
             elif key == "tie_encoder_decoder":
                 values[key] = value is True
@@ -235,9 +241,19 @@ def _leaves(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Param]:
     return out
 
 
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)  # NumPy's integers, too, become Python's
+
+
 def _ids(where: str, value: Any) -> int | tuple[int, ...] | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, list | tuple) and all(type(v) is int for v in value) and value:
-        return tuple(value)
+    try:
+        if value is None:
+            return None
+        if isinstance(value, list | tuple) and value:
+            return tuple(_integer(v) for v in value)
+        return _integer(value)
+    except TypeError:
+        pass
     raise ConfigError(f"{where} must be an integer or null; got {value!r}")

@@ -29,7 +29,11 @@ def resolve(
     if path.exists():
         return path.resolve() if path.is_dir() else path.absolute()
     text = str(name)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in (".bin", ".json"):
+    if (
+        text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or path.suffix in (".bin", ".json", ".safetensors")
+    ):
         raise CheckpointError(f"{text}: no such file or folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -31,6 +31,8 @@ class Param:
     axes: tuple[str | None, ...]
     init: float | str = "zeros"
     """A standard deviation (normal around 0), "zeros" or "ones"."""
+    trained: bool = True
+    """False for published tensors that are carried along and not to be changed."""
 
     def value(self, key: jax.Array, dtype: Any) -> jax.Array:
         """Draw the initial value, in `dtype`."""

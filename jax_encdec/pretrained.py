@@ -23,9 +23,15 @@ from jax_encdec.config import Role
 from jax_encdec.convert import rules, tables
 from jax_encdec.convert.readers import TensorSource, open_tensors, write_safetensors
 from jax_encdec.convert.rules import Plan, Report
-from jax_encdec.decoding.config import GenerationConfig
-from jax_encdec.encoder_decoder import EncoderDecoderModel, model_params, resolve_ids
-from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.decoding.config import GENERATION_KEYS, GenerationConfig
+from jax_encdec.encoder_decoder import (
+    EncoderDecoderModel,
+    check_tree,
+    model_params,
+    plain_params,
+    resolve_ids,
+)
+from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError, nearest
 from jax_encdec.families import FamilyConfig, family_config
 
@@ -114,11 +120,8 @@ def read_configs(place: Path) -> tuple[EncoderDecoderConfig, GenerationConfig]:
     return config, generation_config
 
 
-_GENERATION_KEYS = frozenset(GenerationConfig.__dataclass_fields__) - {"extra"}
-
-
 def _generation_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key in _GENERATION_KEYS}
+    return {key: value for key, value in data.items() if key in GENERATION_KEYS}
 
 
 def plan_pair(
@@ -128,7 +131,7 @@ def plan_pair(
     notes: tuple[str, ...] = ()
     while True:
         declared = flatten_dict(model_params(config))
-        plan = rules.match(tables.parts(config), declared, source, where=where)
+        plan = rules.match(tables.parts(config, source), declared, source, where=where)
         broken = plan.broken_ties(source)
         if not broken:
             return config, plan, replace(plan.report, notes=notes)
@@ -178,7 +181,7 @@ def _dtype(dtype: Any, source: TensorSource) -> Any:
         kind = jnp.dtype(dtype)
     except TypeError:
         kind = None
-    if kind is None or not jnp.issubdtype(kind, jnp.floating) or kind.itemsize > 4:
+    if kind is None or kind.name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be 'float32', 'bfloat16', 'float16' or 'auto'; got {dtype!r}")
     return kind
 
@@ -348,7 +351,8 @@ class _Side:
                     # A model that was never a decoder may be published without its own kernel.
                     part = replace(part, optional=(*part.optional, "decoder/kept/*"))
                 part = replace(part, trunks={role: getattr(config, f"{role}_trunk")})
-                plan = rules.match([part], declared, source, where=self.name)
+                # What else a checkpoint carries (somebody's own head) is reported, not refused.
+                plan = rules.match([part], declared, source, where=self.name, strict=False)
                 broken = plan.broken_ties(source)
                 if not broken:
                     break
@@ -367,7 +371,7 @@ class _Side:
 
 
 def _single_config(data: Mapping[str, Any], where: str) -> FamilyConfig:
-    if data.get("model_type") in ("encoder-decoder", "encoder_decoder"):
+    if data.get("model_type") in MODEL_TYPES:
         raise ConfigError(
             f"{where} describes a pair; load it with EncoderDecoderModel.from_pretrained"
         )
@@ -448,9 +452,8 @@ def save_pretrained(
         CheckpointError: the folder cannot be written.
     """
     folder, config = Path(folder), model.config
-    flat = flatten_dict(dict(params))
-    declared = flatten_dict(model_params(config))
-    check_tree(declared, flat)
+    flat = flatten_dict(plain_params(params))
+    check_tree(config, flat)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder to save into")
     try:
@@ -479,20 +482,6 @@ def published_config(config: EncoderDecoderConfig, dtype: str) -> dict[str, Any]
 def write_order(config: EncoderDecoderConfig, flat: Mapping[TreePath, Any]) -> Any:
     """Entries for `write_safetensors`, from a pair's leaves by path."""
     return list(rules.tensors(tables.parts(config), flat))
-
-
-def check_tree(declared: Mapping[TreePath, Any], flat: Mapping[TreePath, Any]) -> None:
-    """Refuse a parameter tree that is not the declared one, naming the first differences."""
-    problems = [f"{'/'.join(p)} is missing" for p in declared if p not in flat]
-    problems += [f"{'/'.join(p)} is unexpected" for p in flat if p not in declared]
-    problems += [
-        f"{'/'.join(p)} has shape {tuple(flat[p].shape)}, expected {leaf.shape}"
-        for p, leaf in declared.items()
-        if p in flat and tuple(flat[p].shape) != leaf.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"params do not fit the model: {'; '.join(problems[:3])}{more}")
 
 
 def generation_defaults(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,7 @@ def transformer_params(config: TransformerConfig) -> dict[str, Any]:
                 kept.shape,
                 (None,) * len(kept.shape),
                 config.init_std if len(kept.shape) > 1 else "zeros",
+                trained=False,
             )
             for kept in config.kept
         }
@@ -107,6 +109,7 @@ def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]
         source = config.encoder_hidden if sub.f.source == "encoder" else None
         params = attn.attention_params(sub.f, config.hidden, source or config.hidden, std, out_std)
     else:
+        activation(sub.f.activation)  # an unknown name is refused where it is declared
         embed, mlp, bias = {"embed": config.hidden}, {"mlp": sub.f.width}, sub.f.bias
         params = {
             "up": dense_params(embed, mlp, bias=bias, std=std),
@@ -159,6 +162,10 @@ class _Call:
         return key
 
 
+@partial(
+    jax.jit,
+    static_argnames=("config", "dtype", "output_hidden_states", "output_attentions"),
+)
 def transformer(
     config: TransformerConfig,
     params: Params,
@@ -177,13 +184,13 @@ def transformer(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> TransformerOutput:
-    """Run whole sequences through the trunk.
+    """Run whole sequences through the trunk, as one compiled function.
 
     Args:
         input_ids: tokens `[B, Q]`, or None with `inputs_embeds` `[B, Q, width]`.
         attention_mask: `[B, Q]` of 0/1, 0 for pads.
         segment_ids: `[B, Q]`; tokens see only their own segment (several texts in one row).
-        position_ids: `[B|1, Q]`, counted from zero; by default in order.
+        position_ids: `[B|1, Q]`, counted from zero; by default in order, anew in each segment.
         encoder_states: `[B, S, D_encoder]`, for cross-attention; `encoder_mask` `[B, S]`.
         dropout_key: None switches dropout off.
     """
@@ -193,6 +200,8 @@ def transformer(
     mask = None if attention_mask is None else attn.padding_mask(attention_mask)
     cross = None if encoder_mask is None else attn.padding_mask(encoder_mask)
     if segment_ids is not None:
+        if position_ids is None:
+            position_ids = attn.segment_positions(segment_ids)
         mask = attn.both(mask, attn.segment_mask(segment_ids, segment_ids))
         if encoder_segment_ids is not None:
             cross = attn.both(cross, attn.segment_mask(segment_ids, encoder_segment_ids))
@@ -336,7 +345,8 @@ def _keys_values(
     if cached is None:
         return attn.keys_values(config, params, h, call.positions)
     new = attn.keys_values(config, params, _rows_of(cached, h), call.positions)
-    start = (0, 0, call.cache_slot, 0)
+    zero = jnp.zeros((), jnp.int32)  # all of one type, also where integers default to 64 bits
+    start = (zero, zero, call.cache_slot, zero)
     return KV(
         *(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True))
     )

@@ -35,7 +35,12 @@ from jax_encdec.transformer import (
 run = jax.jit(
     transformer, static_argnums=0, static_argnames=("output_hidden_states", "output_attentions")
 )
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 37,
+}
 BERT = BertConfig(**SMALL, intermediate_size=24, max_position_embeddings=40)
 ROBERTA = RobertaConfig(**SMALL, intermediate_size=24, max_position_embeddings=40)
 GPT2 = GPT2Config(

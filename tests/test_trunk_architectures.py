@@ -14,10 +14,10 @@ import pytest
 import trunks
 from trunks import HEADS, HIDDEN, VOCAB, WIDTH
 
-from jax_encdec.attention import bucket_bias, rotate
+from jax_encdec.attention import bucket_bias, learned_positions, rotate
 from jax_encdec.config import BucketBias, Rotary
 from jax_encdec.convert import gpt2
-from jax_encdec.families import GPT2Config
+from jax_encdec.families import GPT2Config, RobertaConfig
 from jax_encdec.transformer import logits, transformer
 
 torch, transformers = oracle.torch, oracle.transformers
@@ -283,6 +283,18 @@ def test_every_distance_falls_into_t5s_bucket(buckets, farthest, bidirectional):
     table, places = jnp.arange(buckets)[:, None], jnp.arange(n)[None]
     ours = jax.jit(lambda table, p: bucket_bias(config, table, p, p))(table, places)
     np.testing.assert_array_equal(np.asarray(ours)[0, 0], theirs.numpy())
+
+
+def test_pads_take_no_position_and_read_robertas_own_row():
+    from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+    trunk = RobertaConfig(pad_token_id=3).to_trunk("encoder")
+    config = trunk.embedding.position
+    assert config is not None
+    ids = np.random.default_rng(0).integers(2, 6, (20, 15))
+    theirs = RobertaEmbeddings.create_position_ids_from_input_ids(oracle.as_torch(ids), 3)
+    ours = learned_positions(config, jnp.asarray(ids), 15) + config.offset
+    np.testing.assert_array_equal(ours, theirs.numpy())
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 160_000.0, 1e6])

@@ -153,6 +153,10 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
+GENERATION_KEYS = frozenset(_KINDS) | frozenset(_NOT_IMPLEMENTED)
+"""Keys that say how to decode; the oldest files keep them in config.json."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How to decode.  Hashable; None means not set; lists are taken as tuples.
@@ -229,6 +233,8 @@ class GenerationConfig:
 
         An option that is given as None becomes not set.  An option of Transformers that is not
         implemented is accepted only with its neutral value, which also clears what a file said.
+        A call's `max_length` (`min_length`) also clears an inherited `max_new_tokens`
+        (`min_new_tokens`), which would win over it.
 
         Raises:
             InputError: an unknown option (the message names the nearest known one), an option that
@@ -249,6 +255,9 @@ class GenerationConfig:
                     f"leave it out or pass {name}={neutral[-1]!r}"
                 )
             extra.pop(name, None)
+        for ours, inherited in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if ours in fields:
+                fields.setdefault(inherited, None)
         try:
             return dataclasses.replace(self, **fields, extra=extra)
         except ConfigError as error:

@@ -21,16 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_encdec.checks import (
+    check_inputs,
+    check_positions,
+    check_shape,
+    check_states,
+    check_types,
+)
 from jax_encdec.config import TransformerConfig
-from jax_encdec.decoding.config import GenerationConfig
-from jax_encdec.decoding.search import SearchOutput, SearchSpec, SearchValues, prepare, search
+from jax_encdec.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from jax_encdec.decoding.search import SearchSpec, SearchValues, prepare, search
 from jax_encdec.encoder_decoder import (
     EncoderOutput,
-    check_inputs,
-    check_types,
+    plain_params,
     project,
     resolve_ids,
-    trunk_positions,
     with_aliases,
 )
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
@@ -118,7 +123,7 @@ def generate(
         InputError: an option or input that cannot be used, with what was expected and got.
         ConfigError: the start token is nowhere defined.
     """
-    config = model.config
+    config, params = model.config, plain_params(params)
     trunk = config.decoder_trunk
     settings = (generation_config or model.generation_config).replace(
         **{_checked_name(name): value for name, value in options.items()}
@@ -132,7 +137,9 @@ def generate(
     traced = any(
         isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, source, prompt, key))
     )
-    full = settings.resolved(prompt.shape[1])
+    length = prompt.shape[1]
+    settings = _with_room(settings, trunk, length)
+    full = settings.resolved(length)
     assert full.max_length is not None
     # The last token is never fed back, so it needs no position.
     if trunk.max_length is not None and full.max_length - 1 > trunk.max_length:
@@ -144,17 +151,23 @@ def generate(
     if not traced:
         capacity = bucket_length(full.max_length)
         source = _bucketed(source, config.encoder_trunk)
+        if length > 1:
+            prompt = _widened(prompt, bucket_length(length) - length)
+            capacity = max(capacity, prompt.shape[1])
     spec, values = prepare(
         settings,
         vocab_size=trunk.embedding.vocab,
-        prompt_length=prompt.shape[1],
+        prompt_length=length,
         capacity=capacity,
     )
-    found = _generate(config, model.dtype, spec, params, source, prompt, values, key)
-    out = GenerationOutput(*(x.reshape(-1, *x.shape[2:]) for x in found))
+    out = _generate(
+        config, model.dtype, spec, params, source, prompt, jnp.int32(length), values, _key(key)
+    )
     if traced:
         return out
-    return out.replace(sequences=out.sequences[:, : int(jnp.max(out.lengths))])
+    # Cropped on the host, where a new length compiles nothing.
+    longest = int(np.max(out.lengths))
+    return out.replace(sequences=jnp.asarray(np.asarray(out.sequences)[:, :longest]))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -165,9 +178,10 @@ def _generate(
     params: Any,
     source: _Source,
     prompt: jax.Array,
+    prompt_length: jax.Array,
     values: SearchValues,
     key: jax.Array | None,
-) -> SearchOutput:
+) -> GenerationOutput:
     params = with_aliases(config, params)
     states = source.states
     if states is None:
@@ -190,7 +204,8 @@ def _generate(
     skipped = None if position_table is None else position_table.pad_token_id
     pads = jnp.zeros(batch, jnp.int32)
     if skipped is not None:
-        pads = jnp.sum(prompt == skipped, axis=1, dtype=jnp.int32)
+        real = jnp.arange(prompt.shape[1]) < prompt_length
+        pads = jnp.sum((prompt == skipped) & real, axis=1, dtype=jnp.int32)
 
     def step(
         state: _State, tokens: jax.Array, parents: jax.Array, position: jax.Array
@@ -233,16 +248,18 @@ def _generate(
         path=jnp.zeros((batch, lanes, capacity), jnp.int32) if shared else None,
         pads=pads,
     )
-    return search(
+    found = search(
         step,
         state,
         prompt,
         spec=spec,
         values=values,
+        prompt_length=prompt_length if prompt.shape[1] > 1 else None,
         source_ids=source.input_ids,
         source_mask=source.mask,
         key=key,
     )
+    return GenerationOutput(*(x.reshape(-1, *x.shape[2:]) for x in found))
 
 
 # Arguments ---------------------------------------------------------------------------------------
@@ -275,63 +292,77 @@ def _with_ids(settings: GenerationConfig, config: EncoderDecoderConfig) -> Gener
     return settings.replace(**found)
 
 
+def _with_room(
+    settings: GenerationConfig, trunk: TransformerConfig, prompt_length: int
+) -> GenerationConfig:
+    """Where nobody asked for a length, do not ask for more than the decoder has positions."""
+    if settings.max_length is None and settings.max_new_tokens is None and trunk.max_length:
+        room = trunk.max_length + 1 - prompt_length
+        return settings.replace(max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, room)))
+    return settings
+
+
+def _key(key: Any) -> jax.Array | None:
+    """A random key, old style or new, one or one per row."""
+    if key is None or jnp.issubdtype(getattr(key, "dtype", None) or float, jax.dtypes.prng_key):
+        return key
+    if getattr(key, "dtype", None) == jnp.uint32:
+        return key
+    raise InputError(f"key must be a random key such as jax.random.key(0); got {key!r}")
+
+
 def _source(
     model: EncoderDecoderModel,
     input_ids: Any,
     mask: Any,
     token_type_ids: Any,
     position_ids: Any,
-    encoder_outputs: EncoderOutput | jax.Array | None,
+    states: Any,
 ) -> _Source:
-    states = encoder_outputs
-    if isinstance(states, EncoderOutput):
-        states = states.last_hidden_state
     trunk = model.config.encoder_trunk
     if states is None:
-        check_inputs("input_ids", input_ids, None, trunk)
-        check_types(token_type_ids, trunk)
-        input_ids = jnp.asarray(input_ids, jnp.int32)
-    elif input_ids is not None:
-        input_ids = jnp.asarray(input_ids, jnp.int32)
-    shape = jnp.shape(input_ids if states is None else states)[:2]
-    if 0 in shape:
-        raise InputError(f"the source must not be empty; got shape {list(shape)}")
-    for name, value in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
-        if value is not None and jnp.shape(value) != shape:
-            raise InputError(
-                f"{name} must have the source's shape {list(shape)}; got {list(jnp.shape(value))}"
-            )
+        input_ids, shape = check_inputs("input_ids", input_ids, None, trunk)
+    else:
+        states = states.last_hidden_state if isinstance(states, EncoderOutput) else states
+        states = check_states(states, trunk.hidden)
+        shape = states.shape[:2]
+        input_ids = check_shape("input_ids", input_ids, shape)
+    mask = check_shape("attention_mask", mask, shape)
     return _Source(
-        input_ids=input_ids,
-        mask=jnp.ones(shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32),
-        token_type_ids=token_type_ids,
-        position_ids=trunk_positions(position_ids, trunk),
+        input_ids=None if input_ids is None else input_ids.astype(jnp.int32),
+        mask=jnp.ones(shape, jnp.int32) if mask is None else mask.astype(jnp.int32),
+        token_type_ids=check_types(token_type_ids, shape, trunk),
+        position_ids=check_positions("position_ids", position_ids, shape, trunk),
         states=states,
     )
 
 
 def _bucketed(source: _Source, trunk: TransformerConfig) -> _Source:
     """Pad the source on the right, hidden, up to a length of the ladder."""
-    shape = jnp.shape(source.input_ids if source.states is None else source.states)
-    extra = bucket_length(shape[1], limit=trunk.max_length) - shape[1]
+    assert source.mask is not None
+    length = source.mask.shape[1]
+    extra = bucket_length(length, limit=trunk.max_length) - length
     if extra <= 0:
         return source
-
-    def widen(x: Any, value: int = 0) -> Any:
-        if x is None:
-            return None
-        pads = [(0, 0), (0, extra)] + [(0, 0)] * (jnp.ndim(x) - 2)
-        return jnp.asarray(np.pad(np.asarray(x), pads, constant_values=value))
-
     position = trunk.embedding.position
     pad = position.pad_token_id if position is not None else None
     return _Source(
-        input_ids=widen(source.input_ids, pad or 0),
-        mask=widen(source.mask),
-        token_type_ids=widen(source.token_type_ids),
-        position_ids=widen(source.position_ids),
-        states=widen(source.states),
+        input_ids=_widened(source.input_ids, extra, pad or 0),
+        mask=_widened(source.mask, extra),
+        token_type_ids=_widened(source.token_type_ids, extra),
+        position_ids=_widened(source.position_ids, extra),
+        # States stay on their device, as they are sharded.
+        states=None
+        if source.states is None
+        else jnp.pad(source.states, ((0, 0), (0, extra), (0, 0))),
     )
+
+
+def _widened(x: Any, extra: int, value: int = 0) -> Any:
+    """`[B, length]` -> `[B, length + extra]`, on the host, where a new length compiles nothing."""
+    if x is None:
+        return None
+    return jnp.asarray(np.pad(np.asarray(x), ((0, 0), (0, extra)), constant_values=value))
 
 
 def _prompt(
@@ -343,12 +374,11 @@ def _prompt(
     opening = jnp.full((batch, 1), start, jnp.int32)
     if decoder_input_ids is None:
         return opening
-    check_inputs("decoder_input_ids", decoder_input_ids, None, trunk)
-    given = jnp.asarray(decoder_input_ids, jnp.int32)
-    if given.shape[0] != batch:
-        raise InputError(
-            f"decoder_input_ids must have the source's {batch} rows; got {given.shape[0]}"
-        )
+    given, (rows, _) = check_inputs("decoder_input_ids", decoder_input_ids, None, trunk)
+    assert given is not None
+    if rows != batch:
+        raise InputError(f"decoder_input_ids must have the source's {batch} rows; got {rows}")
+    given = given.astype(jnp.int32)
     if isinstance(given, jax.core.Tracer):
         return given  # Its values are unknown: it is taken as it is.
     begins = np.asarray(given[:, 0]) == start

@@ -3,7 +3,8 @@
 `split` cuts a GenerationConfig in two: a static `ProcessorSpec` (which processors exist, and the
 few sizes that shape the program) and traced `ProcessorValues` (every number and token id).
 `process` is the pure function that applies them, in Transformers' order, to one step's scores.  So
-changing a temperature, a penalty, a length or a list of ids never compiles anything again.
+changing a temperature, a penalty, a length or a list of ids does not compile anything again;
+switching a processor on or off does, once.
 
 Axes: B batch, K beams, T target capacity, S source length, V vocabulary.  A banned token scores
 -inf.  A traced number is a scalar or one value per row, `[B]`.

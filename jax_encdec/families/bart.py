@@ -55,6 +55,7 @@ class BartConfig(FamilyConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 from jax_encdec.config import Role, TransformerConfig
@@ -39,6 +40,11 @@ class FamilyConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+
+    def __post_init__(self):
+        for name, annotation in _types(type(self)).items():
+            if name != "extra":
+                object.__setattr__(self, name, _checked(name, getattr(self, name), annotation))
 
     def to_trunk(self, role: Role) -> TransformerConfig:
         """Translate into the trunk's configuration, as an encoder or as a decoder with a
@@ -68,14 +74,6 @@ class FamilyConfig:
                     f"{type(self).__name__} has no field {name!r}{nearest(name, known)}"
                 )
         return replace(self, **changes)
-
-    def with_layers(self, role: Role, layers: int) -> Self:
-        """Return a copy with another number of layers in the given role."""
-        name = self.layers_field(role)
-        have = getattr(self, name)
-        if not 1 <= layers <= have:
-            raise ConfigError(f"{name} can be cut to 1..{have} layers; got {layers}")
-        return replace(self, **{name: layers})
 
     def layers_field(self, role: Role) -> str:
         """Name of the field that holds the number of layers."""
@@ -156,9 +154,9 @@ def _checked(where: str, value: Any, annotation: Any) -> Any:
             return None
         if option is bool and isinstance(value, bool):
             return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if option is int and isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)  # NumPy's, too, become Python's
+        if option is float and isinstance(value, Real) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise ConfigError(f"{where} must be finite; got {value}")
             return float(value)

@@ -47,6 +47,7 @@ class BertConfig(FamilyConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(
             vocab_size=self.vocab_size,
             num_hidden_layers=self.num_hidden_layers,

@@ -49,6 +49,7 @@ class GPT2Config(FamilyConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(
             vocab_size=self.vocab_size,
             n_positions=self.n_positions,
