@@ -330,6 +330,11 @@ class EncoderDecoderModel(nn.Module):
             "decoder_attention_mask", decoder_attention_mask, shape
         )
         decoder_segment_ids = check_shape("decoder_segment_ids", decoder_segment_ids, shape)
+        if (encoder_segment_ids is None) != (decoder_segment_ids is None):
+            raise InputError(
+                "give segment_ids and decoder_segment_ids together: with one alone, "
+                "cross-attention would mix the segments"
+            )
         out = transformer(
             trunk,
             params["decoder"],

@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jax_encdec.checks import (
     check_inputs,
@@ -33,6 +34,7 @@ from jax_encdec.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
 from jax_encdec.decoding.search import SearchSpec, SearchValues, prepare, search
 from jax_encdec.encoder_decoder import (
     EncoderOutput,
+    check_tree,
     plain_params,
     project,
     resolve_ids,
@@ -124,6 +126,7 @@ def generate(
         ConfigError: the start token is nowhere defined.
     """
     config, params = model.config, plain_params(params)
+    check_tree(config, flatten_dict(params))
     trunk = config.decoder_trunk
     settings = (generation_config or model.generation_config).replace(
         **{_checked_name(name): value for name, value in options.items()}
