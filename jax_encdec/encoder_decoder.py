@@ -451,15 +451,16 @@ def resolve_ids(
     for key in (name, _FALLBACK.get(name)):
         if key is None:
             continue
-        part = getattr(config.decoder, key, config.decoder.extra.get(key))
-        for value in (getattr(generation_config, key), getattr(config, key, None), part):
+        decoder = getattr(config.decoder, key, config.decoder.extra.get(key))
+        asked = (getattr(generation_config, key), getattr(config, key, None))
+        for rank, value in enumerate((*asked, decoder)):
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
             inside = all(isinstance(i, int) and 0 <= i < config.decoder.vocab_size for i in ids)
             if ids and inside:
                 return ids
             # A family's default id means nothing in a vocabulary that does not hold it; one that
             # was asked for is a mistake.
-            if ids and value is not part:
+            if ids and rank < len(asked):
                 raise ConfigError(
                     f"{key} must be within the decoder's vocabulary, "
                     f"0..{config.decoder.vocab_size - 1}; got {value}"

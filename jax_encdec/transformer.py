@@ -1,4 +1,4 @@
-"""The trunk: embeddings, blocks scanned over layers, final norm, language model head.
+"""The trunk: embeddings, blocks scanned over layers, final norm; whole sequences or step by step.
 
 `transformer_params(config)` declares the parameters, `transformer(config, params, ...)` computes
 with them; both read nothing but the configuration. Axis letters as in `attention.py`.

@@ -102,6 +102,30 @@ def test_whole_bart_round_trip(tied, tmp_path):
     assert state(back) == state(oracle)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_bart_published_without_its_head(tied, tmp_path):
+    """facebook/bart-base is such a file: BartModel, no `model.` before its names."""
+    config = family_config("bart", "decoder", tied=tied)
+    config.is_decoder, config.add_cross_attention = False, False
+    oracle = randomize(transformers.BartForConditionalGeneration(config), 2)
+    oracle.model.save_pretrained(tmp_path)
+    if not tied:  # then the head is nowhere, and PyTorch draws one
+        with pytest.raises(CheckpointError, match="lm_head"):
+            EncoderDecoderModel.from_pretrained(tmp_path)
+        return
+    rewrite(tmp_path, lambda t: t.update({"encoder.version": np.ones(1, np.float32)}))
+    model, params = EncoderDecoderModel.from_pretrained(tmp_path)
+    ids, mask = source_batch(np.random.default_rng(1))
+    ids = np.minimum(ids, 52)
+    with torch.no_grad():
+        expected = oracle(
+            input_ids=as_torch(ids), attention_mask=as_torch(mask), decoder_input_ids=as_torch(ids)
+        ).logits
+    np.testing.assert_allclose(
+        model.apply({"params": params}, ids, mask, ids).logits, expected, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_bin_files_hold_the_same(encoder, tmp_path):
     oracle = torch_pair(encoder, "gpt2", seed=6)
@@ -290,6 +314,22 @@ def test_flat_generation_options_of_2020(tmp_path):
     ours = model.generate(params, ids, attention_mask=mask)
     for row, length in enumerate(np.asarray(ours.lengths)):
         np.testing.assert_array_equal(ours.sequences[row, :length], theirs[row, :length])
+
+
+def test_options_of_later_are_refused_from_old_files_too(tmp_path):
+    torch_pair("bert", "bert").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    edit_config(tmp_path, num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+    model, params = EncoderDecoderModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"diversity_penalty.*not implemented"):
+        model.generate(params, np.ones((1, 3), int), decoder_start_token_id=1)
+
+
+def test_somebody_elses_head_is_reported_not_refused(tmp_path):
+    save_single("bert", "encoder", tmp_path / "bert", head=False)
+    rewrite(tmp_path / "bert", lambda t: t.update({"my_head.weight": np.zeros(3, np.float32)}))
+    reports = join(tmp_path / "bert", tmp_path / "bert", decoder_start_token_id=1).reports
+    assert "my_head.weight" in reports["encoder"].ignored
 
 
 # Warm starts -------------------------------------------------------------------------------------
