@@ -249,7 +249,7 @@ def test_generates_what_transformers_generates(seed):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(1000, 1300))
+@pytest.mark.parametrize("seed", range(1000, 1060))
 def test_generates_what_transformers_generates_long(seed):
     check_against_generate(seed, draws=12)
 
