@@ -247,7 +247,7 @@ def main() -> None:
         "threads": THREADS,
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("jax", "flax", "torch", "transformers", "jax_encdec")},
-        "task": f"BERT2BERT float32, vocabulary {VOCAB}, {SOURCE} source and {NEW_TOKENS} new tokens",
+        "task": f"BERT2BERT, float32, vocabulary {VOCAB}, {SOURCE} source, {NEW_TOKENS} new tokens",
         "wall_over_processor_time_before": quietness(),
     }
     report["results"] = [measure(s, args.rounds, args.cold_rounds) for s in args.sizes.split(",")]

@@ -10,7 +10,6 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -97,11 +96,6 @@ def with_aliases(config: EncoderDecoderConfig, params: Params) -> Params:
         return params
     flat = flatten_dict(params)
     return unflatten_dict(flat | {alias: flat[leaf] for alias, leaf in aliases.items()})
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _init_params(config: EncoderDecoderConfig, key: jax.Array, dtype: Any) -> Any:
-    return layers.initialize(model_params(config), key, dtype)
 
 
 # Loss --------------------------------------------------------------------------------------------
@@ -371,7 +365,7 @@ class EncoderDecoderModel(nn.Module):
     @nn.nowrap
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Random parameters, as the published implementations initialise: a plain nested dict."""
-        return _init_params(self.config, key, self.param_dtype)
+        return layers.initialize(model_params(self.config), key, self.param_dtype)
 
     @nn.nowrap
     def param_shapes(self) -> dict[str, Any]:

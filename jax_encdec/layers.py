@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +39,13 @@ class Param:
         """Draw the initial value, in `dtype`."""
         if isinstance(self.init, str):
             return {"zeros": jnp.zeros, "ones": jnp.ones}[self.init](self.shape, dtype)
-        return (self.init * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
+        return _normal(key, self.init, self.shape, dtype)
+
+
+# Compiled once per shape, of which a model has few: random numbers take long to compile.
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, std: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def _is_param(x: Any) -> bool:

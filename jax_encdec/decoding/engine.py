@@ -333,7 +333,8 @@ def _source(
     mask = check_shape("attention_mask", mask, shape)
     return _Source(
         input_ids=None if input_ids is None else input_ids.astype(jnp.int32),
-        mask=jnp.ones(shape, jnp.int32) if mask is None else mask.astype(jnp.int32),
+        # From the host, so that no shape compiles anything.
+        mask=jnp.asarray(np.ones(shape, np.int32)) if mask is None else mask.astype(jnp.int32),
         token_type_ids=check_types(token_type_ids, shape, trunk),
         position_ids=check_positions("position_ids", position_ids, shape, trunk),
         states=states,

@@ -1,0 +1,77 @@
+"""The README's code runs as it stands, on tiny models in the place of published ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_pairs
+from oracle import transformers
+
+from jax_encdec import BertConfig, EncoderDecoderModel
+from jax_encdec.families import GPT2Config, RobertaConfig
+
+README = Path(__file__).parent.parent / "README.md"
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 40, "vocab_size": 160}  # fmt: skip
+TINY_GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40, "vocab_size": 160}
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folders that stand for the README's hub ids."""
+    root = tmp_path_factory.mktemp("hub")
+    masked, causal = transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM
+    gpt2 = transformers.GPT2Config(**TINY_GPT2, bos_token_id=3, eos_token_id=3)
+    for name, cls, config in (
+        ("google-bert/bert-base-uncased", masked, transformers.BertConfig(**TINY)),
+        ("FacebookAI/roberta-base", masked, transformers.RobertaConfig(**TINY)),
+        ("openai-community/gpt2", causal, gpt2),
+    ):
+        cls.from_config(config).save_pretrained(root / name)
+    tiny_pairs.tokenizers().source.save(root / "google-bert/bert-base-uncased")
+    tiny_pairs.save(root / "folder-or-hub-id")
+    return root
+
+
+def test_the_python_of_the_readme_runs(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).integers(5, 150, (2, 8))
+    names = {
+        "batches": [{"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}] * 2,
+        "input_ids": ids,
+        "mask": np.ones_like(ids),
+        "attention_mask": np.ones_like(ids),
+        "decoder_input_ids": ids,
+        "path": str(published / "folder-or-hub-id"),
+        "TINY": TINY,
+        "TINY_GPT2": TINY_GPT2,
+        "jax": jax,
+        "BertConfig": BertConfig,
+        "GPT2Config": GPT2Config,
+        "RobertaConfig": RobertaConfig,
+    }
+    ran = 0
+    for block in blocks():
+        if "FlaxEncoderDecoderModel" in block:
+            continue  # the other column
+        code = block
+        for name in ("bert-base-uncased", "roberta-base", "gpt2"):
+            code = re.sub(rf'"([\w-]+/{name})"', rf'"{published}/\1"', code)
+        code = code.replace('"folder-or-hub-id"', f'"{published}/folder-or-hub-id"')
+        code = code.replace("BertConfig()", "BertConfig(**TINY)").replace("50256", "3")
+        code = code.replace("GPT2Config()", "GPT2Config(**TINY_GPT2)")
+        code = code.replace("max_new_tokens=64", "max_new_tokens=4").replace("101", "1")
+        code = code.replace("max_length=64", "max_length=6").replace("102", "2")
+        exec(compile(code, "README.md", "exec"), names)
+        ran += 1
+    assert ran >= 7
+    assert EncoderDecoderModel.from_pretrained(tmp_path / "out")
+    assert names["summarize"](names["params"], ids, np.ones_like(ids)).shape == (2, 6)
