@@ -18,7 +18,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from jax_encdec import hub, pretrained
 from jax_encdec.convert.readers import TensorInfo, TensorSource, open_tensors, write_safetensors
@@ -26,6 +25,7 @@ from jax_encdec.convert.rules import Plan, Report
 from jax_encdec.encoder_decoder import model_params
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, InputError
+from jax_encdec.layers import flatten
 from jax_encdec.tokenizer_files import FILES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -175,7 +175,7 @@ def _entries(
     slots: dict[tuple[str, ...], list[str]] = {}
     for (path, _), found in plan.slots.items():
         slots.setdefault(path, []).append(plan.names[found[0].tensor])
-    declared: dict[tuple[str, ...], Any] = flatten_dict(model_params(config))
+    declared = flatten(model_params(config))
     one_by_one = _Remembering(source)
     leaves = {}
     for path, names in slots.items():

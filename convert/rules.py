@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jax_encdec.config import TransformerConfig
-from jax_encdec.convert.readers import TensorInfo
+from jax_encdec.convert.readers import TensorInfo, TensorSource
 from jax_encdec.errors import CheckpointError
 
 Path = tuple[str, ...]
@@ -244,16 +244,6 @@ def tensor_shape(slot: Slot, leaves: Mapping[Path, HasShape]) -> Shape:
 # Import ------------------------------------------------------------------------------------------
 
 
-class Source(Protocol):
-    """What `readers.open_tensors` returns."""
-
-    def __iter__(self) -> Iterator[str]: ...
-    def __getitem__(self, name: str) -> np.ndarray: ...
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape without reading."""
-        ...
-
-
 @dataclass(frozen=True)
 class Report:
     """What became of a file's tensors and of the model's leaves."""
@@ -307,18 +297,20 @@ class Plan:
     fresh: tuple[Path, ...]
     report: Report
 
-    def broken_ties(self, source: Source) -> list[tuple[Path, str, str]]:
+    def broken_ties(self, source: TensorSource) -> list[tuple[Path, str, str]]:
         """Tied leaves whose published copies differ: (leaf, one tensor, the other)."""
         broken = []
-        for (path, _), slots in self.slots.items():
-            first = self.read(source, slots[0], path) if len(slots) > 1 else None
-            for other in slots[1:]:
-                if not np.array_equal(first, self.read(source, other, path), equal_nan=False):
-                    broken.append((path, slots[0].tensor, other.tensor))
+        for (path, _), (first, *others) in self.slots.items():
+            if not others:
+                continue
+            one = self.read(source, first, path)
+            for other in others:
+                if not np.array_equal(one, self.read(source, other, path)):
+                    broken.append((path, first.tensor, other.tensor))
         return broken
 
     def leaves(
-        self, source: Source, leaves: Mapping[Path, HasShape], dtype: np.dtype | None
+        self, source: TensorSource, leaves: Mapping[Path, HasShape], dtype: np.dtype | None
     ) -> Iterator[tuple[Path, np.ndarray]]:
         """Yield each leaf that the file fills, whole, in `dtype` (None: as the file has it).
 
@@ -339,7 +331,7 @@ class Plan:
             yield path, out
 
     def read(
-        self, source: Source, slot: Slot, path: Path, shape: Shape | None = None
+        self, source: TensorSource, slot: Slot, path: Path, shape: Shape | None = None
     ) -> np.ndarray:
         """Read one slot's tensor, or the part of it that is `path`'s.
 
@@ -359,7 +351,7 @@ class Plan:
 def match(
     parts: Sequence[Part],
     leaves: Mapping[Path, HasShape],
-    source: Source,
+    source: TensorSource,
     *,
     where: str,
     strict: bool = True,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_encdec.config import TransformerConfig
 from jax_encdec.errors import InputError
@@ -27,7 +28,7 @@ def check_ids(name: str, ids: Any, size: int, also: int | None = None) -> jax.Ar
         raise InputError(f"{name} must have shape [batch, length]; got {list(values.shape)}")
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise InputError(f"{name} must be integers; got {values.dtype}")
-    if not isinstance(values, jax.core.Tracer):
+    if not isinstance(values, Tracer):
         _check_range(name, np.asarray(values), size, also)
     return values
 

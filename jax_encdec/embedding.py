@@ -55,7 +55,10 @@ def embed(
 ) -> jax.Array:
     """Embed tokens `[B, Q]` (or embeddings `[B, Q, width]`) as states `[B, Q, D]` in `dtype`."""
     embedding, p = config.embedding, params["embedding"]
-    x = _rows(p["token"], input_ids) if inputs_embeds is None else inputs_embeds
+    x = inputs_embeds
+    if x is None:
+        assert input_ids is not None
+        x = _rows(p["token"], input_ids)
     x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
     if embedding.types:
         types = jnp.zeros(x.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids

@@ -9,6 +9,7 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from jax_encdec import layers
 from jax_encdec.checks import (
@@ -31,11 +32,11 @@ from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.embedding import logits
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig, Path
 from jax_encdec.errors import ConfigError, InputError
-from jax_encdec.layers import Params, dense, dense_params
+from jax_encdec.layers import Params, dense, dense_params, flatten
 from jax_encdec.transformer import transformer, transformer_params
 
 if TYPE_CHECKING:
-    from os import PathLike
+    import pathlib
 
     from jax_encdec.decoding.engine import GenerationOutput
 
@@ -83,7 +84,7 @@ def model_params(config: EncoderDecoderConfig) -> dict[str, Any]:
         declared["enc_to_dec_proj"] = dense_params(
             {"embed_in": encoder.hidden}, {"embed": decoder.hidden}, bias=True, std=decoder.init_std
         )
-    flat = flatten_dict(declared)
+    flat = flatten(declared)
     for alias in config.aliases():
         del flat[alias]
     return unflatten_dict(flat)
@@ -94,7 +95,7 @@ def with_aliases(config: EncoderDecoderConfig, params: Params) -> Params:
     aliases = config.aliases()
     if not aliases:
         return params
-    flat = flatten_dict(params)
+    flat = flatten(params)
     return unflatten_dict(flat | {alias: flat[leaf] for alias, leaf in aliases.items()})
 
 
@@ -162,7 +163,7 @@ class EncoderDecoderModel(nn.Module):
 
         if self.has_variable("params", "encoder"):
             given = self.variables["params"]
-            check_tree(self.config, flatten_dict(plain_params(given)))
+            check_tree(self.config, flatten(plain_params(given)))
             self._params = plain_params(given)
             return
         declared = model_params(self.config)
@@ -251,8 +252,8 @@ class EncoderDecoderModel(nn.Module):
             return out
         check_shape("labels", labels, out.logits.shape[:2])
         total, weight = cross_entropy(out.logits, labels)
-        return out.replace(
-            loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight
+        return dataclasses.replace(
+            out, loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight
         )
 
     def encode(
@@ -403,7 +404,7 @@ class EncoderDecoderModel(nn.Module):
         return generate(self, params, input_ids, **options)
 
     @nn.nowrap
-    def save_pretrained(self, folder: str | PathLike[str], params: Params, **options: Any) -> None:
+    def save_pretrained(self, folder: str | pathlib.Path, params: Params, **options: Any) -> None:
         """Save what PyTorch opens as its own; see `jax_encdec.pretrained.save_pretrained`."""
         from jax_encdec.pretrained import save_pretrained
 
@@ -411,7 +412,7 @@ class EncoderDecoderModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], **options: Any
+        cls, path: str | pathlib.Path, **options: Any
     ) -> tuple[EncoderDecoderModel, Any]:
         """Load a published pair; see `jax_encdec.pretrained.from_pretrained`."""
         from jax_encdec.pretrained import from_pretrained
@@ -477,7 +478,7 @@ def plain_params(params: Any) -> dict[str, Any]:
 
 def check_tree(config: EncoderDecoderConfig, flat: Mapping[Path, Any]) -> None:
     """Refuse parameters, by path, that are not the model's, naming the first differences."""
-    declared = flatten_dict(model_params(config))
+    declared = flatten(model_params(config))
     problems = [f"{'/'.join(p)} is missing" for p in declared if p not in flat]
     problems += [f"{'/'.join(p)} is unexpected" for p in flat if p not in declared]
     problems += [

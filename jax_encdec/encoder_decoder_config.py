@@ -207,9 +207,8 @@ class EncoderDecoderConfig:
     def _sides(self) -> tuple[dict[Path, Param], dict[Path, Param]]:
         from jax_encdec.transformer import transformer_params  # reading a config needs no JAX
 
-        return tuple(
-            _leaves(transformer_params(trunk)) for trunk in (self.encoder_trunk, self.decoder_trunk)
-        )
+        encoder, decoder = self.encoder_trunk, self.decoder_trunk
+        return _leaves(transformer_params(encoder)), _leaves(transformer_params(decoder))
 
     def _shared(self) -> list[Path]:
         # The pooler and the head belong to one side only, cross-attention to the decoder.

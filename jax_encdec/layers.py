@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from jax_encdec.config import Norm
 from jax_encdec.errors import ConfigError
@@ -75,6 +76,11 @@ def initialize(tree: Any, key: jax.Array, dtype: Any) -> Any:
 def abstract(tree: Any, dtype: Any) -> Any:
     """The declaration tree as `jax.ShapeDtypeStruct`s."""
     return tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree)
+
+
+def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """A nested dict of leaves as a flat one, by path."""
+    return cast(dict[tuple[str, ...], Any], flatten_dict(tree))
 
 
 def logical_axes(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from jax_encdec import hub
 from jax_encdec.config import Role
@@ -34,6 +34,7 @@ from jax_encdec.encoder_decoder import (
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError, nearest
 from jax_encdec.families import FamilyConfig, family_config
+from jax_encdec.layers import flatten
 
 Params = dict[str, Any]
 TreePath = tuple[str, ...]
@@ -130,7 +131,7 @@ def plan_pair(
     """Match a pair's file with its configuration, untying what the file shows to be untied."""
     notes: tuple[str, ...] = ()
     while True:
-        declared = flatten_dict(model_params(config))
+        declared = flatten(model_params(config))
         plan = rules.match(tables.parts(config, source), declared, source, where=where)
         broken = plan.broken_ties(source)
         if not broken:
@@ -155,7 +156,7 @@ def _untied(config: EncoderDecoderConfig, one: str, other: str) -> EncoderDecode
 def _arrays(
     plan: Plan, source: TensorSource, config: EncoderDecoderConfig, dtype: Any
 ) -> Iterator[tuple[TreePath, jax.Array]]:
-    declared = flatten_dict(model_params(config))
+    declared = flatten(model_params(config))
     for path, leaf in plan.leaves(source, declared, np.dtype(dtype)):
         yield path, jnp.asarray(leaf)
     yield from _fresh(declared, plan.fresh, jax.random.key(0), dtype)
@@ -246,7 +247,7 @@ def join(
         raise InputError(f"cross_attention must be 'fresh' or 'self'; got {cross_attention!r}")
     if dtype == "auto":
         raise InputError("two files may differ in dtype: name one, such as 'float32'")
-    sides = {
+    sides: dict[Role, _Side] = {
         "encoder": _Side.of(
             "encoder", encoder, encoder_config, encoder_layers, revision, cache_dir
         ),
@@ -276,7 +277,7 @@ def join(
             continue
         config, report = side.load(role, config, flat, kind)
         reports[role] = report
-    declared = flatten_dict(model_params(config))
+    declared = flatten(model_params(config))
     if cross_attention == "self":
         flat.update(_copied(declared, flat))
     absent = [path for path in declared if path not in flat]
@@ -339,9 +340,7 @@ class _Side:
                 # The side on its own: complete, whatever the pair shares.
                 untied = config.replace(tie_encoder_decoder=False)
                 declared = {
-                    p: leaf
-                    for p, leaf in flatten_dict(model_params(untied)).items()
-                    if p[0] == role
+                    p: leaf for p, leaf in flatten(model_params(untied)).items() if p[0] == role
                 }
                 side: FamilyConfig = getattr(config, role)
                 part = tables.standalone_part(
@@ -452,7 +451,7 @@ def save_pretrained(
         CheckpointError: the folder cannot be written.
     """
     folder, config = Path(folder), model.config
-    flat = flatten_dict(plain_params(params))
+    flat = flatten(plain_params(params))
     check_tree(config, flat)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder to save into")
@@ -496,5 +495,5 @@ def generation_defaults(
                 ids = resolve_ids(name, generation_config, config)
             except ConfigError:
                 continue
-            found[name] = ids if len(ids) > 1 else ids[0]
+            found[name] = ids[0] if len(ids) == 1 else ids
     return replace(generation_config, **found)

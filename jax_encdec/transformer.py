@@ -277,7 +277,7 @@ def _run(
     if config.final_norm is not None:
         x = norm(config.final_norm, params["final_norm"], x)
         traces[-1] = traces[-1]._replace(state=x)
-    states = tuple(t.state for t in traces)
+    states = tuple(t.state for t in traces if t.state is not None)
     selfs = tuple(t.self_attention for t in traces if t.self_attention is not None)
     crosses = tuple(t.cross_attention for t in traces if t.cross_attention is not None)
     return TransformerOutput(
@@ -345,6 +345,7 @@ def _keys_values(
     if cached is None:
         return attn.keys_values(config, params, h, call.positions)
     new = attn.keys_values(config, params, _rows_of(cached, h), call.positions)
+    assert call.cache_slot is not None
     zero = jnp.zeros((), jnp.int32)  # all of one type, also where integers default to 64 bits
     start = (zero, zero, call.cache_slot, zero)
     return KV(

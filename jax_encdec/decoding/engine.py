@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from jax.core import Tracer
 
 from jax_encdec.checks import (
     check_inputs,
@@ -42,6 +42,7 @@ from jax_encdec.encoder_decoder import (
 )
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import ConfigError, InputError, nearest
+from jax_encdec.layers import flatten
 from jax_encdec.tokenization import bucket_length
 from jax_encdec.transformer import (
     LayerCache,
@@ -126,7 +127,7 @@ def generate(
         ConfigError: the start token is nowhere defined.
     """
     config, params = model.config, plain_params(params)
-    check_tree(config, flatten_dict(params))
+    check_tree(config, flatten(params))
     trunk = config.decoder_trunk
     settings = (generation_config or model.generation_config).replace(
         **{_checked_name(name): value for name, value in options.items()}
@@ -135,10 +136,11 @@ def generate(
     source = _source(
         model, input_ids, attention_mask, token_type_ids, position_ids, encoder_outputs
     )
-    batch = jnp.shape(source.input_ids if source.states is None else source.states)[0]
+    assert source.mask is not None
+    batch = source.mask.shape[0]
     prompt = _prompt(decoder_input_ids, settings, batch, trunk)
     traced = any(
-        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, source, prompt, key))
+        isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, source, prompt, key))
     )
     length = prompt.shape[1]
     settings = _with_room(settings, trunk, length)
@@ -291,7 +293,7 @@ def _with_ids(settings: GenerationConfig, config: EncoderDecoderConfig) -> Gener
             if name == "decoder_start_token_id":
                 raise
             continue
-        found[name] = ids if len(ids) > 1 else ids[0]
+        found[name] = ids[0] if len(ids) == 1 else ids
     return settings.replace(**found)
 
 
@@ -383,7 +385,7 @@ def _prompt(
     if rows != batch:
         raise InputError(f"decoder_input_ids must have the source's {batch} rows; got {rows}")
     given = given.astype(jnp.int32)
-    if isinstance(given, jax.core.Tracer):
+    if isinstance(given, Tracer):
         return given  # Its values are unknown: it is taken as it is.
     begins = np.asarray(given[:, 0]) == start
     if begins.all():
