@@ -18,6 +18,8 @@ from typing import Literal
 from jax_encdec.errors import ConfigError
 
 Role = Literal["encoder", "decoder"]
+Source = Literal["self", "encoder"]
+"""Whose states an attention's keys and values are made of: the trunk's own, or the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,9 @@ class BucketBias:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head or, with `kv_heads < heads`, grouped-query attention (Ainslie et al. 2023).
+    """Multi-head or, with `kv_heads < heads`, grouped-query attention (Ainslie et al. 2023)."""
 
-    `source` says where keys and values come from: the trunk's own states or the encoder's.
-    """
-
-    source: Literal["self", "encoder"] = "self"
+    source: Source = "self"
     heads: int
     head_dim: int
     kv_heads: int | None = None

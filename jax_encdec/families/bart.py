@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from jax_encdec.config import (
     Attention,
-    Block,
     Dropout,
     Embedding,
     FeedForward,
@@ -17,11 +16,11 @@ from jax_encdec.config import (
     Learned,
     Norm,
     Role,
-    Segment,
+    Source,
     Sublayer,
     TransformerConfig,
 )
-from jax_encdec.families.base import FamilyConfig
+from jax_encdec.families.base import FamilyConfig, usual_segment
 
 _POSITION_OFFSET = 2  # The position table has two rows more than positions, and starts after them.
 
@@ -77,8 +76,8 @@ class BartConfig(FamilyConfig):
         decoder = role == "decoder"
         heads = self.decoder_attention_heads if decoder else self.encoder_attention_heads
 
-        def attention(source: str) -> Sublayer:
-            f = Attention(source=source, heads=heads, head_dim=self.d_model // heads)  # type: ignore[arg-type]
+        def attention(source: Source) -> Sublayer:
+            f = Attention(source=source, heads=heads, head_dim=self.d_model // heads)
             return Sublayer(f=f, after=norm)
 
         mlp = Sublayer(
@@ -88,7 +87,7 @@ class BartConfig(FamilyConfig):
             ),
             after=norm,
         )
-        cross = (attention("encoder"),) if decoder else ()
+        layers = self.decoder_layers if decoder else self.encoder_layers
         return TransformerConfig(
             hidden=self.d_model,
             causal=decoder,
@@ -102,12 +101,7 @@ class BartConfig(FamilyConfig):
                 ),
                 norm=norm,
             ),
-            segments=(
-                Segment(
-                    blocks=(Block(sublayers=(attention("self"), *cross, mlp)),),
-                    repeat=self.decoder_layers if decoder else self.encoder_layers,
-                ),
-            ),
+            segments=(usual_segment(role, attention, mlp, layers),),
             head=Head(tied=self.tie_word_embeddings) if decoder else None,
             dropout=Dropout(
                 embedding=self.dropout,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
-from jax_encdec.config import Role, TransformerConfig
+from jax_encdec.config import Block, Role, Segment, Source, Sublayer, TransformerConfig
 from jax_encdec.errors import ConfigError, nearest
 
 # Written by `to_dict` from what the model is, so never taken from a file.
@@ -132,6 +132,14 @@ class FamilyConfig:
             raise ConfigError(
                 f"{size_name} must be a multiple of {heads_name}; got {size} and {heads}"
             )
+
+
+def usual_segment(
+    role: Role, attention: Callable[[Source], Sublayer], mlp: Sublayer, layers: int
+) -> Segment:
+    """Like blocks of self-attention, cross-attention in a decoder, and feed-forward."""
+    cross = (attention("encoder"),) if role == "decoder" else ()
+    return Segment(blocks=(Block(sublayers=(attention("self"), *cross, mlp)),), repeat=layers)
 
 
 @cache

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from jax_encdec.config import (
     Attention,
-    Block,
     Dropout,
     Embedding,
     FeedForward,
@@ -16,11 +15,11 @@ from jax_encdec.config import (
     Learned,
     Norm,
     Role,
-    Segment,
+    Source,
     Sublayer,
     TransformerConfig,
 )
-from jax_encdec.families.base import FamilyConfig
+from jax_encdec.families.base import FamilyConfig, usual_segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +71,13 @@ class BertConfig(FamilyConfig):
         norm = Norm(eps=self.layer_norm_eps)
         size, heads = self.hidden_size, self.num_attention_heads
 
-        def attention(source: str) -> Sublayer:
-            f = Attention(source=source, heads=heads, head_dim=size // heads)  # type: ignore[arg-type]
+        def attention(source: Source) -> Sublayer:
+            f = Attention(source=source, heads=heads, head_dim=size // heads)
             return Sublayer(f=f, after=norm)
 
         mlp = Sublayer(
             f=FeedForward(width=self.intermediate_size, activation=self.hidden_act), after=norm
         )
-        cross = (attention("encoder"),) if role == "decoder" else ()
         # The pooler is published with every BERT, and nothing here reads it.
         head = None
         kept = (
@@ -93,6 +91,7 @@ class BertConfig(FamilyConfig):
             )
             # Published twice when untied, and only the other one is used.
             kept = () if tied else (Kept(name="head_bias", shape=(self.vocab_size,)),)
+        layers = self.num_hidden_layers
         return TransformerConfig(
             hidden=size,
             causal=role == "decoder",
@@ -103,12 +102,7 @@ class BertConfig(FamilyConfig):
                 position=self.position_table(),
                 norm=norm,
             ),
-            segments=(
-                Segment(
-                    blocks=(Block(sublayers=(attention("self"), *cross, mlp)),),
-                    repeat=self.num_hidden_layers,
-                ),
-            ),
+            segments=(usual_segment(role, attention, mlp, layers),),
             head=head,
             kept=kept,
             dropout=Dropout(

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from jax_encdec.config import (
     Attention,
-    Block,
     Dropout,
     Embedding,
     FeedForward,
@@ -16,11 +15,11 @@ from jax_encdec.config import (
     Learned,
     Norm,
     Role,
-    Segment,
+    Source,
     Sublayer,
     TransformerConfig,
 )
-from jax_encdec.families.base import FamilyConfig
+from jax_encdec.families.base import FamilyConfig, usual_segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +67,9 @@ class GPT2Config(FamilyConfig):
         """Translate into the trunk's configuration."""
         norm = Norm(eps=self.layer_norm_epsilon)
 
-        def attention(source: str) -> Sublayer:
+        def attention(source: Source) -> Sublayer:
             f = Attention(
-                source=source,  # type: ignore[arg-type]
+                source=source,
                 heads=self.n_head,
                 head_dim=self.n_embd // self.n_head,
                 scale=None if self.scale_attn_weights else 1.0,
@@ -85,7 +84,7 @@ class GPT2Config(FamilyConfig):
             ),
             before=norm,
         )
-        cross = (attention("encoder"),) if role == "decoder" else ()
+        layers = self.n_layer
         return TransformerConfig(
             hidden=self.n_embd,
             causal=True,
@@ -94,12 +93,7 @@ class GPT2Config(FamilyConfig):
                 width=self.n_embd,
                 position=Learned(length=self.n_positions),
             ),
-            segments=(
-                Segment(
-                    blocks=(Block(sublayers=(attention("self"), *cross, mlp)),),
-                    repeat=self.n_layer,
-                ),
-            ),
+            segments=(usual_segment(role, attention, mlp, layers),),
             final_norm=norm,
             head=Head(tied=self.tie_word_embeddings) if role == "decoder" else None,
             dropout=Dropout(
