@@ -78,3 +78,5 @@ BART = Table(
     ),
     whole=whole,
 )
+
+TABLES = {"bart": BART}

@@ -1,4 +1,4 @@
-"""BERT's and RoBERTa's tensors: one body, two heads."""
+"""BERT's tensors, whose body its kin share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def body(config: FamilyConfig, role: Role) -> tuple[Rule, ...]:
     )
 
 
-def _decoder_biases(config: FamilyConfig, outer: str, inner: str) -> tuple[Rule, ...]:
+def decoder_biases(config: FamilyConfig, outer: str, inner: str) -> tuple[Rule, ...]:
+    """The bias of the logits, beside the head's kernel and inside it."""
     # The bias is published twice. Untied, the forward pass reads only the inner one.
     if config.ties_head:
         return Rule(outer, "head/bias"), Rule(inner, "head/bias")
@@ -54,21 +55,11 @@ def bert_head(config: FamilyConfig) -> tuple[Rule, ...]:
         *linear(f"{stem}.transform.dense", "head/transform"),
         *norm(f"{stem}.transform.LayerNorm", "head/norm"),
         Rule(f"{stem}.decoder.weight", "head/kernel"),
-        *_decoder_biases(config, f"{stem}.bias", f"{stem}.decoder.bias"),
+        *decoder_biases(config, f"{stem}.bias", f"{stem}.decoder.bias"),
     )
 
 
-def roberta_head(config: FamilyConfig) -> tuple[Rule, ...]:
-    """Tensors of RobertaForCausalLM beside the bare model."""
-    return (
-        *linear("lm_head.dense", "head/transform"),
-        *norm("lm_head.layer_norm", "head/norm"),
-        Rule("lm_head.decoder.weight", "head/kernel"),
-        *_decoder_biases(config, "lm_head.bias", "lm_head.decoder.bias"),
-    )
-
-
-_IGNORED = (
+IGNORED = (
     ("*embeddings.position_ids", BUFFER),
     ("*embeddings.token_type_ids", BUFFER),
     ("cls.seq_relationship.*", OTHER_HEAD),
@@ -82,13 +73,7 @@ BERT = Table(
     head=bert_head,
     nested="bert.",
     standalone=lambda config, role: Standalone(("bert.", "")),
-    ignored=_IGNORED,
+    ignored=IGNORED,
 )
 
-ROBERTA = Table(
-    body=body,
-    head=roberta_head,
-    nested="roberta.",
-    standalone=lambda config, role: Standalone(("roberta.", "")),
-    ignored=_IGNORED,
-)
+TABLES = {"bert": BERT}

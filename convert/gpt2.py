@@ -47,3 +47,5 @@ GPT2 = Table(
         ("score.*", OTHER_HEAD),
     ),
 )
+
+TABLES = {"gpt2": GPT2}

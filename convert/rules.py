@@ -110,6 +110,23 @@ class Linear(Plain):
         return leaf.reshape(self.shape(leaf.shape)[::-1]).T
 
 
+@dataclass(frozen=True)
+class Conv(Plain):
+    """A kernel `(out, in, width)`, as torch.nn.Conv1d has it, for a leaf `(width, in, out)`."""
+
+    def shape(self, leaf: Shape) -> Shape:
+        """Shape of the published tensor for a leaf's."""
+        return leaf[::-1]
+
+    def to_leaf(self, tensor: np.ndarray, leaf: Shape) -> np.ndarray:
+        """Published numbers as the leaf."""
+        return tensor.T
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        """The leaf as published: the inverse of `to_leaf`."""
+        return leaf.T
+
+
 # Rules -------------------------------------------------------------------------------------------
 
 
@@ -157,7 +174,7 @@ def _dense(tensor: str, leaf: str | tuple[str, ...], layout: Plain) -> tuple[Rul
 
 
 def norm(tensor: str, leaf: str) -> tuple[Rule, Rule]:
-    """Rules of a torch.nn.LayerNorm."""
+    """Rules of a torch.nn.LayerNorm, or of an RMS norm, which has no bias."""
     return Rule(f"{tensor}.weight", f"{leaf}/scale"), Rule(f"{tensor}.bias", f"{leaf}/bias")
 
 

@@ -7,28 +7,24 @@ of a warm start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 from jax_encdec.config import Role
-from jax_encdec.convert.bart import BART
-from jax_encdec.convert.bert import BERT, ROBERTA
-from jax_encdec.convert.gpt2 import GPT2
 from jax_encdec.convert.rules import Part, linear, published_names
 from jax_encdec.convert.table import LEFT_OUT, NO_CROSS, NO_HEAD, Table
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError
 from jax_encdec.families import FamilyConfig
 
-TABLES: Mapping[str, Table] = {
-    "bert": BERT,
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "camembert": ROBERTA,
-    "gpt2": GPT2,
-    "bart": BART,
-}
-"""Each family's table, by its published `model_type`."""
+
+def table_of(config: FamilyConfig) -> Table:
+    """A family's table: that of its model type in the module named like the family's own."""
+    name = type(config).__module__.rpartition(".")[2]
+    module = importlib.import_module(f"jax_encdec.convert.{name}")
+    return module.TABLES[config.model_type]
+
 
 _TIED_HEAD = ("decoder", "head", "kernel"), ("decoder", "embedding", "token")
 _UNUSED = "*/kept/*"  # published, never read: a file may lack them
@@ -45,7 +41,7 @@ def _chased(aliases: dict[tuple[str, ...], tuple[str, ...]]) -> dict:
 
 def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
     """Rules of a checkpoint in EncoderDecoderModel's layout."""
-    encoder, decoder = TABLES[config.encoder.model_type], TABLES[config.decoder.model_type]
+    encoder, decoder = table_of(config.encoder), table_of(config.decoder)
     aliases = _chased(config.aliases() | _head_alias(config.decoder))
     inner = [
         rule.prefixed("encoder.", "encoder") for rule in encoder.body(config.encoder, "encoder")
@@ -81,7 +77,7 @@ def whole_parts(config: EncoderDecoderConfig, names: Iterable[str] = ()) -> tupl
     Many were published without their head, and so without the prefix that the head's class puts
     before everything: `names`, the file's tensors, show which it is.
     """
-    table = TABLES[config.decoder.model_type]
+    table = table_of(config.decoder)
     assert table.whole is not None
     rules = table.whole(config.decoder)
     names = published_names(names)
@@ -125,7 +121,7 @@ def standalone_part(
     Raises:
         CheckpointError: the file holds no model of this family.
     """
-    table = TABLES[config.model_type]
+    table = table_of(config)
     names = published_names(names)
     body = table.body(config, role)
     probe = [rule.tensor for rule in body if "{}" in rule.tensor and "cross" not in rule.tensor]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from jax_encdec.errors import ConfigError as ConfigError
     from jax_encdec.errors import EncDecError as EncDecError
     from jax_encdec.errors import InputError as InputError
-    from jax_encdec.families import BartConfig as BartConfig
-    from jax_encdec.families import BertConfig as BertConfig
-    from jax_encdec.families import CamembertConfig as CamembertConfig
-    from jax_encdec.families import GPT2Config as GPT2Config
-    from jax_encdec.families import RobertaConfig as RobertaConfig
-    from jax_encdec.families import XLMRobertaConfig as XLMRobertaConfig
+    from jax_encdec.families.bart import BartConfig as BartConfig
+    from jax_encdec.families.bert import BertConfig as BertConfig
+    from jax_encdec.families.gpt2 import GPT2Config as GPT2Config
+    from jax_encdec.families.roberta import CamembertConfig as CamembertConfig
+    from jax_encdec.families.roberta import RobertaConfig as RobertaConfig
+    from jax_encdec.families.roberta import XLMRobertaConfig as XLMRobertaConfig
     from jax_encdec.pipeline import Text2TextPipeline as Text2TextPipeline
     from jax_encdec.tokenization import Tokenizer as Tokenizer
     from jax_encdec.tokenization import TokenizerPair as TokenizerPair
@@ -42,12 +42,6 @@ _HOME = {
     "ConfigError": "errors",
     "EncDecError": "errors",
     "InputError": "errors",
-    "BartConfig": "families",
-    "BertConfig": "families",
-    "CamembertConfig": "families",
-    "GPT2Config": "families",
-    "RobertaConfig": "families",
-    "XLMRobertaConfig": "families",
     "Text2TextPipeline": "pipeline",
     "Tokenizer": "tokenization",
     "TokenizerPair": "tokenization",
@@ -57,6 +51,12 @@ __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDu
 
 
 def __getattr__(name: str) -> Any:
+    if name.endswith("Config") and name not in _HOME:
+        # Every family's configuration, without a list of them here.
+        from jax_encdec.families import CONFIGS
+
+        if name in CONFIGS:
+            return CONFIGS[name]
     if name not in _HOME:
         raise AttributeError(f"module 'jax_encdec' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jax_encdec.{_HOME[name]}"), name)

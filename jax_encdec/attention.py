@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_encdec.config import Attention, BucketBias, Learned, Rotary
+from jax_encdec.config import Attention, BucketBias, Learned, RelativeTable, Rotary
 from jax_encdec.layers import Param, Params, dense, dense_params, dropout, norm, norm_params
 
 
@@ -79,24 +80,29 @@ def learned_positions(config: Learned, input_ids: jax.Array | None, length: int)
 
 
 def rotate(config: Rotary, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotate `x` `[B, P, heads, H]` by `positions` `[B|1, P]`: halves paired, float32 angles."""
+    """Rotate `x` `[B, P, heads, H]` by `positions` `[B|1, P]`; angles are float32."""
     half = x.shape[-1] // 2
     frequency = config.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    # The two numbers of a pair stand along an axis of their own: the last, or the one before it.
+    pairs = (half, 2) if config.interleaved else (2, half)
+    axis = -1 if config.interleaved else -2
+    split = x.astype(jnp.float32).reshape(*x.shape[:-1], *pairs)
+    a, b = jnp.take(split, 0, axis=axis), jnp.take(split, 1, axis=axis)
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=axis)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def bucket_bias_params(config: BucketBias, heads: int, std: float) -> Param:
-    """Declare the table of relative position biases, `[buckets, N]`."""
+    """Declare a table of relative position biases, `[buckets, N]`."""
     return Param((config.buckets, heads), (None, "heads"), std)
 
 
-def bucket_bias(
-    config: BucketBias, table: jax.Array, query_positions: jax.Array, key_positions: jax.Array
+def distance_buckets(
+    config: BucketBias, query_positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array:
-    """Bias `[B|1, N, Q, S]` from `[B|1, Q]` and `[B|1, S]`.
+    """Rows `[B|1, Q, S]` of a table of biases, from `[B|1, Q]` and `[B|1, S]`.
 
     Half of the (one-sided) buckets are exact distances, the rest grow logarithmically up to
     `max_distance`: Raffel et al. 2020, section 2.1.
@@ -112,11 +118,46 @@ def bucket_bias(
     exact = buckets // 2
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
     far = exact + (ratio / math.log(config.max_distance / exact) * (buckets - exact)).astype(int)
-    bucket += jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
-    return jnp.moveaxis(table[bucket], -1, 1)
+    return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def bucket_bias(table: jax.Array, buckets: jax.Array) -> jax.Array:
+    """Biases `[B|1, N, Q, S]`, float32, of buckets `[B|1, Q, S]` in a table `[buckets, N]`."""
+    return jnp.moveaxis(jnp.asarray(table, jnp.float32)[buckets], -1, 1)
+
+
+class Relative(NamedTuple):
+    """Relative positions as disentangled attention sees them."""
+
+    table: jax.Array
+    """`[2 * span, D]`, normalised."""
+    rows: jax.Array
+    """`[B|1, Q, S]`: which row stands for a query and a key."""
+
+
+def relative_rows(
+    config: RelativeTable, query_positions: jax.Array, key_positions: jax.Array
+) -> jax.Array:
+    """Rows `[B|1, Q, S]` of the table of relative positions, from `[B|1, Q]` and `[B|1, S]`.
+
+    With `max_distance`, distances up to half of the span are exact, the rest logarithmic, as in
+    the authors' code (He et al. 2021).
+    """
+    relative = query_positions[:, :, None] - key_positions[:, None, :]
+    if config.max_distance is not None:
+        exact = config.span // 2
+        # Looked up, not computed: a distance on the edge of two rows must not depend on rounding.
+        distance = np.arange(1, config.max_distance + 1)
+        ratio = np.log(distance / exact) / np.log((config.max_distance - 1) / exact)
+        far = np.where(distance <= exact, distance, exact + np.ceil(ratio * (exact - 1)))
+        row = jnp.asarray(np.append(0, far), jnp.int32)[jnp.abs(relative)]  # the last for the rest
+        relative = jnp.sign(relative) * row
+    return jnp.clip(relative + config.span, 0, 2 * config.span - 1)
 
 
 # Attention ---------------------------------------------------------------------------------------
+
+GLOBAL = ("query", "key", "value")
 
 
 def attention_params(
@@ -135,7 +176,20 @@ def attention_params(
     if config.qk_norm is not None:
         params["query_norm"] = norm_params(config.qk_norm, config.head_dim, "head_dim")
         params["key_norm"] = norm_params(config.qk_norm, config.head_dim, "head_dim")
+    if config.global_projections:
+        for name in GLOBAL:
+            params[f"{name}_global"] = params[name]
+    if config.disentangled and not config.shared_positions:
+        if "c2p" in config.disentangled:
+            params["position_key"] = params["key"]
+        if "p2c" in config.disentangled:
+            params["position_query"] = params["query"]
     return params
+
+
+def global_params(params: Params) -> Params:
+    """The projections of globally attending tokens under the ordinary names."""
+    return {**params, **{name: params[f"{name}_global"] for name in GLOBAL}}
 
 
 def keys_values(
@@ -147,6 +201,7 @@ def keys_values(
         key = norm(config.qk_norm, params["key_norm"], key)
     if config.rotary is not None and positions is not None:
         key = rotate(config.rotary, key, positions)
+        value = rotate(config.rotary, value, positions) if config.rotary.values else value
     return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
 
@@ -158,6 +213,7 @@ def attend(
     *,
     mask: jax.Array | None,
     bias: jax.Array | None = None,
+    relative: Relative | None = None,
     positions: jax.Array | None = None,
     layer: jax.Array | int = 0,
     dropout_rate: float = 0.0,
@@ -169,6 +225,7 @@ def attend(
         mask: boolean, broadcastable to `[B, Q, S]`; False is hidden. A row that hides everything
             averages all values, so that it stays finite.
         bias: added to the scores, broadcastable to `[B, N, Q, S]`.
+        relative: for disentangled attention.
         positions: `[B|1, Q]`, for rotary embeddings.
         layer: this layer's number from zero, for `scale_by_layer`.
 
@@ -184,6 +241,9 @@ def attend(
     g = config.groups
     query = query.reshape(b, q, g, n // g, h)
     scores = jnp.einsum("bqgrh,bgsh->bgrqs", query, kv.key, preferred_element_type=jnp.float32)
+    if config.disentangled:
+        assert relative is not None
+        scores = scores + _position_scores(config, params, query, kv.key, relative)
     scale = config.head_dim**-0.5 if config.scale is None else config.scale
     scores = scores * (scale / (layer + 1) if config.scale_by_layer else scale)
     if config.softcap is not None:
@@ -196,3 +256,28 @@ def attend(
     mixed = dropout(weights, dropout_rate, dropout_key).astype(kv.value.dtype)
     y = jnp.einsum("bgrqs,bgsh->bqgrh", mixed, kv.value).reshape(b, q, n, h)
     return dense(params["out"], y, inputs=2), weights.reshape(b, n, q, -1)
+
+
+def _position_scores(
+    config: Attention, params: Params, query: jax.Array, key: jax.Array, relative: Relative
+) -> jax.Array:
+    """Scores between contents and relative positions, `[B, G, R, Q, S]`, before the scale.
+
+    Each content meets every row of the table once; a pair's row is then picked. `query` is
+    `[B, Q, G, R, H]`, `key` `[B, G, S, H]`; the letter p counts the table's rows.
+    """
+    own = not config.shared_positions
+    table, total = relative.table, jnp.zeros((), jnp.float32)
+    rows = relative.rows[:, None, None]
+    if "c2p" in config.disentangled:
+        keys = dense(params["position_key" if own else "key"], table)
+        each = jnp.einsum("bqgrh,pgh->bgrqp", query, keys, preferred_element_type=jnp.float32)
+        total = total + jnp.take_along_axis(each, rows, axis=-1)
+    if "p2c" in config.disentangled:
+        queries = dense(params["position_query" if own else "query"], table)
+        queries = queries.reshape(-1, *query.shape[2:])
+        each = jnp.einsum("bgsh,pgrh->bgrsp", key, queries, preferred_element_type=jnp.float32)
+        total = total + jnp.swapaxes(
+            jnp.take_along_axis(each, jnp.swapaxes(rows, -1, -2), axis=-1), -1, -2
+        )
+    return total

@@ -108,6 +108,15 @@ def check_types(types: Any, shape: tuple[int, int], trunk: TransformerConfig) ->
     return check_ids("token_type_ids", types, trunk.embedding.types)
 
 
+def check_global(mask: Any, shape: tuple[int, int], trunk: TransformerConfig) -> Any:
+    """Which tokens attend globally, for an encoder that can tell; None stays None."""
+    if mask is None:
+        return None
+    if not any(attention.global_projections for attention in trunk.attentions()):
+        raise InputError("this encoder has no global attention; leave global_attention_mask out")
+    return check_shape("global_attention_mask", mask, shape)
+
+
 def check_positions(
     name: str, ids: Any, shape: tuple[int, int], trunk: TransformerConfig
 ) -> jax.Array | None:

@@ -35,18 +35,37 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary position embedding on the halves of each head (Su et al. 2021)."""
+    """Rotary position embedding (Su et al. 2021): pairs of each head's numbers are rotated."""
 
     theta: float = 10_000.0
+    interleaved: bool = False
+    """Pairs are neighbours (RoFormer); else number i goes with number i + head_dim / 2."""
+    values: bool = False
+    """Rotate the values, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketBias:
-    """A learned bias per head and bucketed distance, one table per trunk (Raffel et al. 2020)."""
+    """A learned bias per head and bucketed distance (Raffel et al. 2020)."""
 
     buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = True
+    per_layer: bool = False
+    """Each attention has a table of its own (UMT5); else all share the trunk's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeTable:
+    """Embeddings of relative positions, for disentangled attention (He et al. 2021).
+
+    The trunk has `2 * span` of them; distances beyond the span share the outermost ones. With
+    `max_distance`, distances are bucketed first, logarithmically from half of the span on.
+    """
+
+    span: int
+    max_distance: int | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +86,17 @@ class Attention:
     """Divide the scores by the layer's number, counted from one (GPT-2's option)."""
     rotary: Rotary | None = None
     bucket_bias: bool = False
-    """Add the trunk's bucketed relative position bias."""
+    """Add a bucketed relative position bias, as the trunk defines it."""
+    disentangled: tuple[Literal["c2p", "p2c"], ...] = ()
+    """Terms between contents and the trunk's relative positions that are added to the scores:
+    content to position, position to content (DeBERTa)."""
+    shared_positions: bool = True
+    """Relative positions go through the contents' own query and key projections."""
     window: int | None = None
     """The largest distance `|query - key|` attended to; None: no limit."""
+    global_projections: bool = False
+    """Chosen tokens see and are seen by all, through projections of their own, whatever the
+    window (Longformer, Beltagy et al. 2020)."""
     softcap: float | None = None
     qk_norm: Norm | None = None
 
@@ -97,10 +124,19 @@ class FeedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """A convolution over the block's input, beside what the block has made of it (DeBERTa-v2)."""
+
+    width: int
+    activation: str
+    groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sublayer:
     """`x = after(x + branch(f(before(x))))`, each norm optional."""
 
-    f: Attention | FeedForward
+    f: Attention | FeedForward | Convolution
     before: Norm | None = None
     branch: Norm | None = None
     after: Norm | None = None
@@ -108,6 +144,8 @@ class Sublayer:
     @property
     def name(self) -> str:
         """The sublayer's place in the parameter tree."""
+        if isinstance(self.f, Convolution):
+            return "convolution"
         if isinstance(self.f, FeedForward):
             return "mlp"
         return "self_attention" if self.f.source == "self" else "cross_attention"
@@ -139,11 +177,21 @@ class Learned:
     length: int
     offset: int = 0
     pad_token_id: int | None = None
+    fixed: bool = False
+    """Sines, then cosines (Vaswani et al. 2017): published with the weights, never trained."""
 
     @property
     def usable(self) -> int:
         """The longest sequence that the table can hold, in tokens."""
         return self.length - self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoidal(Learned):
+    """Like `Learned`, but computed: no tensor is published (XGLM).
+
+    Frequencies as in tensor2tensor, whose last one is exactly 1/10000; pads get zeros.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +202,14 @@ class Embedding:
     width: int
     scale: float = 1.0
     types: int = 0
+    tasks: int = 0
+    """Rows of a table of tasks, of which the first is added to every token (ERNIE)."""
     position: Learned | None = None
     norm: Norm | None = None
+    norm_first: bool = False
+    """Normalise the tokens' embeddings alone, before positions are added (Blenderbot-small)."""
+    mask_pads: bool = False
+    """Pads enter as zeros; a convolution would mix them in otherwise (DeBERTa-v2)."""
     project: bool = False
     """A dense layer from `width` to the trunk's hidden size (ELECTRA, ALBERT)."""
 
@@ -171,6 +225,8 @@ class Head:
     """`fixed`: carried by the checkpoint and added, never trained (BART's final_logits_bias)."""
     tied: bool = True
     """The logits' kernel is the token embedding."""
+    width: int | None = None
+    """Size after the transform; None: the embedding's, as tying demands."""
     scale: float = 1.0
     """Factor on the states before the logits (T5 ties with `hidden ** -0.5`)."""
     softcap: float | None = None
@@ -213,6 +269,7 @@ class TransformerConfig:
     encoder_hidden: int | None = None
     """Width of the encoder states that cross-attention reads; None: `hidden`."""
     bucket_bias: BucketBias | None = None
+    relative: RelativeTable | None = None
     final_norm: Norm | None = None
     head: Head | None = None
     kept: tuple[Kept, ...] = ()
@@ -248,6 +305,8 @@ class TransformerConfig:
             raise ConfigError("an attention asks for bucket_bias, but the trunk defines none")
         if len(heads) > 1:
             raise ConfigError(f"attentions that share one bucket_bias differ in heads: {heads}")
+        if self.relative is None and any(a.disentangled for a in self.attentions()):
+            raise ConfigError("an attention is disentangled, but the trunk defines no relative")
         if self.embedding.width != self.hidden and not self.embedding.project:
             raise ConfigError(
                 f"embeddings of width {self.embedding.width} need project=True to enter a trunk "

@@ -6,13 +6,14 @@ They stand together because they share parameters where a model ties them. Axis 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_encdec.attention import learned_positions
-from jax_encdec.config import TransformerConfig
+from jax_encdec.config import Sinusoidal, TransformerConfig
 from jax_encdec.layers import (
     Param,
     Params,
@@ -30,10 +31,15 @@ def embedding_params(config: TransformerConfig) -> dict[str, Any]:
     embedding = config.embedding
     std, width = config.init_std, embedding.width
     params: dict[str, Any] = {"token": Param((embedding.vocab, width), ("vocab", "embed"), std)}
-    if embedding.position is not None:
-        params["position"] = Param((embedding.position.length, width), (None, "embed"), std)
+    position = embedding.position
+    if position is not None and not isinstance(position, Sinusoidal):
+        init = "sinusoidal" if position.fixed else std
+        shape, axes = (position.length, width), (None, "embed")
+        params["position"] = Param(shape, axes, init, trained=not position.fixed)
     if embedding.types:
         params["type"] = Param((embedding.types, width), (None, "embed"), std)
+    if embedding.tasks:
+        params["task"] = Param((embedding.tasks, width), (None, "embed"), std)
     if embedding.norm is not None:
         params["norm"] = norm_params(embedding.norm, width)
     if embedding.project:
@@ -50,6 +56,7 @@ def embed(
     inputs_embeds: jax.Array | None = None,
     token_type_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
     dtype: Any = jnp.float32,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -60,16 +67,25 @@ def embed(
         assert input_ids is not None
         x = _rows(p["token"], input_ids)
     x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
+    if embedding.norm is not None and embedding.norm_first:
+        x = norm(embedding.norm, p["norm"], x)
     if embedding.types:
         types = jnp.zeros(x.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
         x = x + _rows(p["type"], types).astype(dtype)
+    if embedding.tasks:
+        x = x + p["task"][0].astype(dtype)
     if embedding.position is not None:
         if positions is None:
             positions = learned_positions(embedding.position, input_ids, x.shape[1])
         rows = positions + embedding.position.offset
-        x = x + _rows(p["position"], rows).astype(dtype)
-    if embedding.norm is not None:
+        if isinstance(embedding.position, Sinusoidal):
+            x = x + _sinusoids(embedding.position, rows, embedding.width).astype(dtype)
+        else:
+            x = x + _rows(p["position"], rows).astype(dtype)
+    if embedding.norm is not None and not embedding.norm_first:
         x = norm(embedding.norm, p["norm"], x)
+    if embedding.mask_pads and attention_mask is not None:
+        x = x * attention_mask.astype(dtype)[..., None]
     x = dropout(x, config.dropout.embedding, dropout_key)
     return dense(p["project"], x) if embedding.project else x
 
@@ -80,11 +96,25 @@ def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
+def _sinusoids(config: Sinusoidal, rows: jax.Array, width: int) -> jax.Array:
+    """Sines, then cosines, of `rows` `[B|1, Q]`: float32 `[B|1, Q, width]`."""
+    half = width // 2
+    frequency = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10_000.0) / (half - 1)))
+    angle = rows.astype(jnp.float32)[..., None] * frequency
+    parts = [jnp.sin(angle), jnp.cos(angle)]
+    if width % 2:
+        parts.append(jnp.zeros_like(angle[..., :1]))
+    table = jnp.concatenate(parts, axis=-1)
+    if config.pad_token_id is None:
+        return table
+    return jnp.where((rows == config.pad_token_id)[..., None], 0.0, table)
+
+
 def head_params(config: TransformerConfig) -> dict[str, Any]:
     """Declare the language model head of a trunk; what is tied has no leaf of its own."""
     head = config.head
     assert head is not None
-    width = config.embedding.width
+    width = config.embedding.width if head.width is None else head.width
     params: dict[str, Any] = {}
     activation(head.activation)
     if head.transform is not None:

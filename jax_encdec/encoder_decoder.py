@@ -21,6 +21,7 @@ from flax.traverse_util import unflatten_dict
 
 from jax_encdec import layers
 from jax_encdec.checks import (
+    check_global,
     check_ids,
     check_inputs,
     check_positions,
@@ -103,7 +104,7 @@ def with_aliases(config: EncoderDecoderConfig, params: Params) -> Params:
 
 
 def shift_right(
-    labels: jax.Array, start: int, pad: int, segment_ids: jax.Array | None = None
+    labels: jax.Array, start: int | jax.Array, pad: int, segment_ids: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Labels `[B, T]` -> decoder inputs and mask, `[B, T]`: `start`, then all labels but the last.
 
@@ -187,6 +188,7 @@ class EncoderDecoderModel(nn.Module):
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        global_attention_mask: jax.Array | None = None,
         decoder_inputs_embeds: jax.Array | None = None,
         decoder_position_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
@@ -208,6 +210,8 @@ class EncoderDecoderModel(nn.Module):
             token_type_ids, position_ids: `[B, S]`, for the encoder.
             segment_ids, decoder_segment_ids: `[B, S]`, `[B, T]`: several pairs in one row; a
                 token sees its own segment only, in all three attentions.
+            global_attention_mask: `[B, S]` of 0/1, for encoders with windows (Longformer): 1 for
+                tokens that see and are seen by all.
             deterministic: False switches dropout on, and needs `rngs={"dropout": key}`.
 
         Raises:
@@ -217,7 +221,7 @@ class EncoderDecoderModel(nn.Module):
         if labels is not None:
             labels = check_ids("labels", labels, self.config.decoder.vocab_size, also=IGNORE)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                start, pad = self.token_id("decoder_start_token_id"), self.token_id("pad_token_id")
+                start, pad = self._start(labels), self.token_id("pad_token_id")
                 check_shape("decoder_segment_ids", decoder_segment_ids, labels.shape)
                 decoder_input_ids, shown = shift_right(labels, start, pad, decoder_segment_ids)
                 decoder_mask = shown if decoder_mask is None else decoder_mask
@@ -229,6 +233,7 @@ class EncoderDecoderModel(nn.Module):
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
                 segment_ids=segment_ids,
+                global_attention_mask=global_attention_mask,
                 output_hidden_states=output_hidden_states,
                 output_attentions=output_attentions,
                 deterministic=deterministic,
@@ -265,6 +270,7 @@ class EncoderDecoderModel(nn.Module):
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        global_attention_mask: jax.Array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         deterministic: bool = True,
@@ -283,6 +289,7 @@ class EncoderDecoderModel(nn.Module):
             segment_ids=segment_ids,
             token_type_ids=check_types(token_type_ids, shape, trunk),
             position_ids=check_positions("position_ids", position_ids, shape, trunk),
+            global_attention_mask=check_global(global_attention_mask, shape, trunk),
             dtype=self.dtype,
             dropout_key=None if deterministic else self.make_rng("dropout"),
             output_hidden_states=output_hidden_states,
@@ -357,6 +364,13 @@ class EncoderDecoderModel(nn.Module):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
+
+    def _start(self, labels: jax.Array) -> int | jax.Array:
+        if not (self.config.whole and self.config.decoder.wraps_labels):
+            return self.token_id("decoder_start_token_id")
+        # The last label comes first: `[B, 1]`.
+        last = jnp.sum(labels != IGNORE, axis=1, keepdims=True) - 1
+        return jnp.take_along_axis(labels, jnp.maximum(last, 0), axis=1)
 
     def _tree(self) -> Params:
         return with_aliases(self.config, self._params)

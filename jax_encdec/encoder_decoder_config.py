@@ -61,6 +61,12 @@ class EncoderDecoderConfig:
                     f"{part} must be a family's configuration such as BertConfig(); "
                     f"got {type(getattr(self, part)).__name__}"
                 )
+            family = getattr(self, part)
+            if part not in family.roles:
+                raise ConfigError(
+                    f"{family.model_type} cannot be the {part} of a pair: it was only published "
+                    f"as {'an encoder' if part == 'decoder' else 'a decoder'}"
+                )
         for name in _ID_FIELDS:
             ids = _ids(name, getattr(self, name))
             object.__setattr__(self, name, ids)
@@ -71,10 +77,11 @@ class EncoderDecoderConfig:
                         f"0..{self.decoder.vocab_size - 1}; got {i}"
                     )
         stated = self.decoder.extra.get("cross_attention_hidden_size")
-        if stated is not None and stated != self.encoder.width:
+        stated = self.decoder_trunk.encoder_hidden if stated is None else stated
+        if stated is not None and stated != self.encoder_trunk.hidden:
             raise ConfigError(
                 f"the decoder's cross_attention_hidden_size must equal the encoder's hidden size "
-                f"{self.encoder.width}; got {stated}"
+                f"{self.encoder_trunk.hidden}; got {stated}"
             )
         if self.whole and self.encoder != self.decoder:
             raise ConfigError("a whole model has one configuration for both halves")
@@ -190,7 +197,8 @@ class EncoderDecoderConfig:
     @property
     def projects(self) -> bool:
         """Whether `enc_to_dec_proj` takes encoder states to the decoder's width."""
-        return self.encoder_trunk.hidden != self.decoder_trunk.hidden
+        decoder = self.decoder_trunk
+        return decoder.encoder_hidden is None and self.encoder_trunk.hidden != decoder.hidden
 
     def aliases(self) -> dict[Path, Path]:
         """Leaves that exist only as another name of an encoder leaf: alias -> the leaf.
@@ -199,7 +207,7 @@ class EncoderDecoderConfig:
         """
         if self.tie_encoder_decoder:
             return {("decoder", *p): ("encoder", *p) for p in self._shared()}
-        if self.whole and self.decoder.ties_head:
+        if self.whole and self.decoder.shares_embeddings:
             token = ("embedding", "token")
             return {("decoder", *token): ("encoder", *token)}
         return {}

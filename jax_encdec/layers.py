@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_encdec.config import Norm
@@ -32,12 +33,14 @@ class Param:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: float | str = "zeros"
-    """A standard deviation (normal around 0), "zeros" or "ones"."""
+    """A standard deviation (normal around 0), "zeros", "ones" or "sinusoidal"."""
     trained: bool = True
     """False for published tensors that are carried along and not to be changed."""
 
     def value(self, key: jax.Array, dtype: Any) -> jax.Array:
         """Draw the initial value, in `dtype`."""
+        if self.init == "sinusoidal":
+            return jnp.asarray(_sinusoidal(*self.shape), dtype)
         if isinstance(self.init, str):
             return {"zeros": jnp.zeros, "ones": jnp.ones}[self.init](self.shape, dtype)
         return _normal(key, self.init, self.shape, dtype)
@@ -47,6 +50,13 @@ class Param:
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _normal(key: jax.Array, std: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _sinusoidal(length: int, width: int) -> np.ndarray:
+    """Sines of each position, then cosines (Vaswani et al. 2017, 3.5): `[length, width]`."""
+    frequency = 10_000.0 ** (-np.arange(0, width, 2) / width)
+    angle = np.arange(length)[:, None] * frequency
+    return np.concatenate([np.sin(angle), np.cos(angle[:, : width // 2])], axis=1)
 
 
 def _is_param(x: Any) -> bool:

@@ -23,6 +23,7 @@ from jax_encdec.attention import KV
 from jax_encdec.config import (
     Attention,
     Block,
+    Convolution,
     FeedForward,
     Segment,
     Sublayer,
@@ -73,7 +74,12 @@ class TransformerOutput(NamedTuple):
 def transformer_params(config: TransformerConfig) -> dict[str, Any]:
     """Declare every parameter of a trunk, as a nested dict of `Param`."""
     params: dict[str, Any] = {"embedding": embedding_params(config)}
-    if config.bucket_bias is not None:
+    if config.relative is not None:
+        shape = (2 * config.relative.span, config.hidden)
+        params["relative"] = {"table": Param(shape, (None, "embed"), config.init_std)}
+        if config.relative.norm is not None:
+            params["relative"]["norm"] = norm_params(config.relative.norm, config.hidden)
+    if config.bucket_bias is not None and not config.bucket_bias.per_layer:
         heads = next(a.heads for a in config.attentions() if a.bucket_bias)
         params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, config.init_std)
     for i, segment in enumerate(config.segments):
@@ -108,6 +114,16 @@ def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]
     if isinstance(sub.f, Attention):
         source = config.encoder_hidden if sub.f.source == "encoder" else None
         params = attn.attention_params(sub.f, config.hidden, source or config.hidden, std, out_std)
+        if sub.f.bucket_bias and config.bucket_bias is not None and config.bucket_bias.per_layer:
+            heads = sub.f.heads
+            params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, std)
+    elif isinstance(sub.f, Convolution):
+        activation(sub.f.activation)
+        shape = (sub.f.width, config.hidden // sub.f.groups, config.hidden)
+        params = {
+            "kernel": Param(shape, (None, "embed_in", "embed"), std),
+            "bias": Param((config.hidden,), ("embed",)),
+        }
     else:
         activation(sub.f.activation)  # an unknown name is refused where it is declared
         embed, mlp, bias = {"embed": config.hidden}, {"mlp": sub.f.width}, sub.f.bias
@@ -147,9 +163,15 @@ class _Call:
     positions: jax.Array
     key_positions: jax.Array
     mask: jax.Array | None
+    attention_mask: jax.Array | None
+    global_mask: jax.Array | None
     encoder_states: jax.Array | None
     encoder_mask: jax.Array | None
+    buckets: jax.Array | None
+    """Bucketed distances `[B|1, Q, S]`, for biases."""
     bias: jax.Array | None
+    """The bias `[B|1, N, Q, S]` that all layers share."""
+    relative: attn.Relative | None
     dropout_key: jax.Array | None
     cache_slot: jax.Array | None
     hidden_states: bool
@@ -179,6 +201,7 @@ def transformer(
     encoder_states: jax.Array | None = None,
     encoder_mask: jax.Array | None = None,
     encoder_segment_ids: jax.Array | None = None,
+    global_attention_mask: jax.Array | None = None,
     dtype: Any = jnp.float32,
     dropout_key: jax.Array | None = None,
     output_hidden_states: bool = False,
@@ -192,6 +215,8 @@ def transformer(
         segment_ids: `[B, Q]`; tokens see only their own segment (several texts in one row).
         position_ids: `[B|1, Q]`, counted from zero; by default in order, anew in each segment.
         encoder_states: `[B, S, D_encoder]`, for cross-attention; `encoder_mask` `[B, S]`.
+        global_attention_mask: `[B, Q]` of 0/1, 1 for tokens that see and are seen by all in
+            attentions with global projections.
         dropout_key: None switches dropout off.
     """
     ids = input_ids if inputs_embeds is None else inputs_embeds
@@ -205,15 +230,20 @@ def transformer(
         mask = attn.both(mask, attn.segment_mask(segment_ids, segment_ids))
         if encoder_segment_ids is not None:
             cross = attn.both(cross, attn.segment_mask(segment_ids, encoder_segment_ids))
+    buckets, bias = _bias(config, params, order, order)
     call = _Call(
         config=config,
         positions=order if position_ids is None else position_ids,
         key_positions=order if position_ids is None else position_ids,
         # Windows differ between attentions and are applied there.
         mask=attn.both(mask, attn.positional_mask(order, order, causal=config.causal, window=None)),
+        attention_mask=attention_mask,
+        global_mask=None if global_attention_mask is None else global_attention_mask.astype(bool),
         encoder_states=encoder_states,
         encoder_mask=cross,
-        bias=_bias(config, params, order, order),
+        buckets=buckets,
+        bias=bias,
+        relative=_relative(config, params, order, dtype),
         dropout_key=dropout_key,
         cache_slot=None,
         hidden_states=output_hidden_states,
@@ -226,6 +256,7 @@ def transformer(
         inputs_embeds=inputs_embeds,
         token_type_ids=token_type_ids,
         positions=position_ids,
+        attention_mask=attention_mask,
         dtype=dtype,
         dropout_key=call.key(0),
     )
@@ -234,11 +265,25 @@ def transformer(
 
 def _bias(
     config: TransformerConfig, params: Params, queries: jax.Array, keys: jax.Array
-) -> jax.Array | None:
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Bucketed distances and, where all layers share it, the bias."""
     if config.bucket_bias is None:
+        return None, None
+    buckets = attn.distance_buckets(config.bucket_bias, queries, keys)
+    if config.bucket_bias.per_layer:
+        return buckets, None
+    return buckets, attn.bucket_bias(params["bucket_bias"], buckets)
+
+
+def _relative(
+    config: TransformerConfig, params: Params, order: jax.Array, dtype: Any
+) -> attn.Relative | None:
+    if config.relative is None:
         return None
-    table = jnp.asarray(params["bucket_bias"], jnp.float32)
-    return attn.bucket_bias(config.bucket_bias, table, queries, keys)
+    table = jnp.asarray(params["relative"]["table"]).astype(dtype)
+    if config.relative.norm is not None:
+        table = norm(config.relative.norm, params["relative"]["norm"], table)
+    return attn.Relative(table, attn.relative_rows(config.relative, order, order))
 
 
 def _run(
@@ -309,7 +354,7 @@ def _block(
 ) -> tuple[jax.Array, Trace, LayerCache]:
     """Run one block: its output, what it lets out, its cache with this call's entries."""
     weights: dict[str, jax.Array] = {}
-    cache = dict(cache or {})
+    cache, start = dict(cache or {}), x
     for i, sub in enumerate(block.sublayers):
         p = params[sub.name]
         h = x if sub.before is None else norm(sub.before, p["norm_before"], x)
@@ -319,6 +364,8 @@ def _block(
             if cache:
                 cache[sub.name] = kv
             y, weights[sub.name] = _attend(call, sub.f, p, h, kv, number, keys[1])
+        elif isinstance(sub.f, Convolution):
+            y = _convolve(call, sub.f, p, start, keys[1])
         else:
             y = _feed_forward(call, sub.f, p, h, keys[1])
         if sub.branch is not None:
@@ -364,24 +411,48 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     cross = config.source == "encoder"
     mask = call.encoder_mask if cross else call.mask
+    chosen = call.global_mask if config.global_projections and not cross else None
+    near = mask
     if config.window is not None and not cross:
-        near = attn.positional_mask(
+        window = attn.positional_mask(
             call.positions, call.key_positions, causal=False, window=config.window
         )
-        mask = attn.both(mask, near)
-    y, weights = attn.attend(
-        config,
-        params,
-        _rows_of(kv, h),
-        kv,
-        mask=mask,
-        bias=call.bias if config.bucket_bias else None,
-        positions=None if cross else call.positions,
-        layer=number,
-        dropout_rate=call.config.dropout.attention,
-        dropout_key=key,
+        assert window is not None
+        near = attn.both(mask, window if chosen is None else window | chosen[:, None, :])
+    bias = call.bias
+    if "bucket_bias" in params:
+        assert call.buckets is not None
+        bias = attn.bucket_bias(params["bucket_bias"], call.buckets)
+    relative = call.relative
+    if relative is not None and key is not None:
+        rate, key = call.config.dropout.residual, jax.random.fold_in(key, 0)
+        relative = relative._replace(table=dropout(relative.table, rate, key))
+
+    def attend(params: Params, kv: KV, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        y, weights = attn.attend(
+            config,
+            params,
+            _rows_of(kv, h),
+            kv,
+            mask=mask,
+            bias=bias if config.bucket_bias else None,
+            relative=relative,
+            positions=None if cross else call.positions,
+            layer=number,
+            dropout_rate=call.config.dropout.attention,
+            dropout_key=key,
+        )
+        return y.reshape(h.shape), weights
+
+    y, weights = attend(params, kv, near)
+    if chosen is None:
+        return y, weights
+    params = attn.global_params(params)
+    everywhere, theirs = attend(params, attn.keys_values(config, params, h, call.positions), mask)
+    return (
+        jnp.where(chosen[:, :, None], everywhere, y),
+        jnp.where(chosen[:, None, :, None], theirs, weights),
     )
-    return y.reshape(h.shape), weights
 
 
 def _rows_of(kv: KV, h: jax.Array) -> jax.Array:
@@ -395,6 +466,28 @@ def _feed_forward(
     up, act = dense(params["up"], h), activation(config.activation)
     y = act(dense(params["gate"], h)) * up if config.gated else act(up)
     return dense(params["down"], dropout(y, call.config.dropout.activation, key))
+
+
+def _convolve(
+    call: _Call, config: Convolution, params: Params, x: jax.Array, key: jax.Array | None
+) -> jax.Array:
+    """Convolve `x` `[B, Q, D]` along its length; pads are zero going in and coming out."""
+    shown = None
+    if call.attention_mask is not None:
+        shown = call.attention_mask.astype(x.dtype)[..., None]
+        x = x * shown
+    y = jax.lax.conv_general_dilated(
+        x,
+        params["kernel"].astype(x.dtype),
+        window_strides=(1,),
+        # As published: an even width makes the result shorter, which cannot be added.
+        padding=[((config.width - 1) // 2,) * 2],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=config.groups,
+    )
+    y = y + params["bias"].astype(x.dtype)
+    y = dropout(y if shown is None else y * shown, call.config.dropout.residual, key)
+    return activation(config.activation)(y)
 
 
 # Decoding ----------------------------------------------------------------------------------------
@@ -461,14 +554,19 @@ def decode_step(
     _, lanes, slots = visible.shape
     queries = jnp.full((1, lanes), position, jnp.int32)
     keys = (jnp.arange(slots, dtype=jnp.int32) // lanes)[None, :]
+    buckets, bias = _bias(config, params, queries, keys)
     call = _Call(
         config=config,
         positions=queries,
         key_positions=keys,
         mask=visible,
+        attention_mask=None,
+        global_mask=None,
         encoder_states=None,
         encoder_mask=None if encoder_mask is None else attn.padding_mask(encoder_mask),
-        bias=_bias(config, params, queries, keys),
+        buckets=buckets,
+        bias=bias,
+        relative=None,
         dropout_key=None,
         cache_slot=position * lanes,
         hidden_states=False,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import published
+import published_bart
+import published_bert
+import published_other
 import pytest
 
 torch = pytest.importorskip("torch", reason="the oracle needs PyTorch")
@@ -13,42 +17,32 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
+_MODULES = (published, published_bert, published_bart, published_other)
+CONFIGS = {name: make for module in _MODULES for name, make in module.CONFIGS.items()}
+MODELS = {key: make for module in _MODULES for key, make in module.MODELS.items()}
+WHOLE = {name: cls for module in _MODULES for name, cls in module.WHOLE.items()}
+
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "bart")
 DECODERS = ENCODERS
+"""The families whose pairs are all tested; `test_families.py` tests every family."""
 VOCAB = {"encoder": 61, "decoder": 53}
-POSITIONS = 48
+POSITIONS = published.POSITIONS
 
 
 def family_config(family, role, hidden=16, tied=True, vocab=None, **more):
     """A tiny published configuration of a family."""
-    vocab = vocab or VOCAB[role]
-    flags = {"is_decoder": True, "add_cross_attention": True} if role == "decoder" else {}
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=vocab, n_embd=hidden, n_layer=2, n_head=4, n_positions=POSITIONS,
-            bos_token_id=2, eos_token_id=2, pad_token_id=1, tie_word_embeddings=tied,
-            **{k: v for k, v in flags.items() if k == "add_cross_attention"}, **more,
-        )  # fmt: skip
-    if family == "bart":
-        return transformers.BartConfig(
-            vocab_size=vocab, d_model=hidden, encoder_layers=2, decoder_layers=2,
-            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * hidden,
-            decoder_ffn_dim=2 * hidden, max_position_embeddings=POSITIONS, pad_token_id=1,
-            bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, tie_word_embeddings=tied,
-            forced_eos_token_id=None, **{k: v for k, v in flags.items() if k != "x"}, **more,
-        )  # fmt: skip
-    cls = {
-        "bert": transformers.BertConfig,
-        "roberta": transformers.RobertaConfig,
-        "xlm-roberta": transformers.XLMRobertaConfig,
-        "camembert": transformers.CamembertConfig,
-    }[family]
-    return cls(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=2 * hidden, max_position_embeddings=POSITIONS + 2,
-        bos_token_id=0, eos_token_id=2, pad_token_id=1, tie_word_embeddings=tied,
-        **flags, **more,
-    )  # fmt: skip
+    config = CONFIGS[family](role, hidden, tied, vocab or VOCAB[role], **more)
+    if role == "decoder":
+        config.is_decoder, config.add_cross_attention = True, True
+    return config
+
+
+def family_model(family, role, config, attention="sdpa"):
+    """A family's model in a role: with cross-attention and head as a decoder."""
+    if (family, role) in MODELS:
+        return MODELS[family, role](config)
+    auto = transformers.AutoModel if role == "encoder" else transformers.AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation=attention)
 
 
 def randomize(model, seed: int, scale: float = 0.35):
@@ -79,11 +73,8 @@ def torch_pair(
     enc = family_config(encoder, "encoder", hidden[0], vocab=vocab)
     dec = family_config(decoder, "decoder", hidden[1], tied, vocab, **more)
     torch.manual_seed(seed)
-    if encoder == "bart":
-        enc_model = transformers.BartModel(enc).encoder
-    else:
-        enc_model = transformers.AutoModel.from_config(enc, attn_implementation=attention)
-    dec_model = transformers.AutoModelForCausalLM.from_config(dec, attn_implementation=attention)
+    enc_model = family_model(encoder, "encoder", enc, attention)
+    dec_model = family_model(decoder, "decoder", dec, attention)
     model = transformers.EncoderDecoderModel(encoder=enc_model, decoder=dec_model)
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2

@@ -14,8 +14,8 @@ import pytest
 import trunks
 from trunks import HEADS, HIDDEN, VOCAB, WIDTH
 
-from jax_encdec.attention import bucket_bias, learned_positions, rotate
-from jax_encdec.config import BucketBias, Rotary
+from jax_encdec.attention import distance_buckets, learned_positions, relative_rows, rotate
+from jax_encdec.config import BucketBias, RelativeTable, Rotary
 from jax_encdec.convert import gpt2
 from jax_encdec.families import GPT2Config, RobertaConfig
 from jax_encdec.transformer import logits, transformer
@@ -280,9 +280,20 @@ def test_every_distance_falls_into_t5s_bucket(buckets, farthest, bidirectional):
     relative = torch.arange(n)[None, :] - torch.arange(n)[:, None]
     theirs = T5Attention._relative_position_bucket(relative, bidirectional, buckets, farthest)
     config = BucketBias(buckets=buckets, max_distance=farthest, bidirectional=bidirectional)
-    table, places = jnp.arange(buckets)[:, None], jnp.arange(n)[None]
-    ours = jax.jit(lambda table, p: bucket_bias(config, table, p, p))(table, places)
-    np.testing.assert_array_equal(np.asarray(ours)[0, 0], theirs.numpy())
+    ours = jax.jit(lambda p: distance_buckets(config, p, p))(jnp.arange(n)[None])
+    np.testing.assert_array_equal(np.asarray(ours)[0], theirs.numpy())
+
+
+@pytest.mark.parametrize(("span", "farthest"), [(256, 512), (8, 40), (16, 48), (128, 512)])
+def test_every_distance_falls_into_debertas_row(span, farthest):
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
+    n = 700
+    theirs = build_relative_position(torch.zeros(n, 1), torch.zeros(n, 1), span, farthest)
+    config = RelativeTable(span=span, max_distance=farthest)
+    ours = jax.jit(lambda p: relative_rows(config, p, p))(jnp.arange(n)[None])
+    expected = np.clip(theirs.numpy() + span, 0, 2 * span - 1)
+    np.testing.assert_array_equal(np.asarray(ours), expected)
 
 
 def test_pads_take_no_position_and_read_robertas_own_row():

@@ -23,6 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jax_encdec.checks import (
+    check_global,
     check_inputs,
     check_positions,
     check_shape,
@@ -76,6 +77,7 @@ class _Source(NamedTuple):
     mask: jax.Array | None
     token_type_ids: jax.Array | None
     position_ids: jax.Array | None
+    global_mask: jax.Array | None
     states: jax.Array | None
 
 
@@ -98,6 +100,7 @@ def generate(
     attention_mask: Any = None,
     token_type_ids: Any = None,
     position_ids: Any = None,
+    global_attention_mask: Any = None,
     encoder_outputs: EncoderOutput | jax.Array | None = None,
     decoder_input_ids: Any = None,
     generation_config: GenerationConfig | None = None,
@@ -114,7 +117,7 @@ def generate(
         params: the model's parameters.
         input_ids: source tokens `[B, S]`.
         attention_mask: `[B, S]` of 0/1; by default nothing is hidden.
-        token_type_ids, position_ids: `[B, S]`, for the encoder.
+        token_type_ids, position_ids, global_attention_mask: `[B, S]`, for the encoder.
         encoder_outputs: of an earlier `encode`, instead of `input_ids`.
         decoder_input_ids: what every target begins with, `[B, P]`; the start token is put before
             it unless all rows begin with it. By default the start token alone.
@@ -134,7 +137,13 @@ def generate(
     )
     settings = _with_ids(settings, config)
     source = _source(
-        model, input_ids, attention_mask, token_type_ids, position_ids, encoder_outputs
+        model,
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        position_ids,
+        global_attention_mask,
+        encoder_outputs,
     )
     assert source.mask is not None
     batch = source.mask.shape[0]
@@ -197,6 +206,7 @@ def _generate(
             attention_mask=source.mask,
             token_type_ids=source.token_type_ids,
             position_ids=source.position_ids,
+            global_attention_mask=source.global_mask,
             dtype=dtype,
         ).last_hidden_state
     states = project(params, states.astype(dtype))
@@ -269,8 +279,8 @@ def _generate(
 
 # Arguments ---------------------------------------------------------------------------------------
 
-_ARGUMENTS = ("attention_mask", "token_type_ids", "position_ids", "encoder_outputs", "key",
-              "decoder_input_ids", "generation_config")  # fmt: skip
+_ARGUMENTS = ("attention_mask", "token_type_ids", "position_ids", "global_attention_mask",
+              "encoder_outputs", "key", "decoder_input_ids", "generation_config")  # fmt: skip
 
 
 def _checked_name(name: str) -> str:
@@ -322,6 +332,7 @@ def _source(
     mask: Any,
     token_type_ids: Any,
     position_ids: Any,
+    global_mask: Any,
     states: Any,
 ) -> _Source:
     trunk = model.config.encoder_trunk
@@ -339,6 +350,7 @@ def _source(
         mask=jnp.asarray(np.ones(shape, np.int32)) if mask is None else mask.astype(jnp.int32),
         token_type_ids=check_types(token_type_ids, shape, trunk),
         position_ids=check_positions("position_ids", position_ids, shape, trunk),
+        global_mask=check_global(global_mask, shape, trunk),
         states=states,
     )
 
@@ -357,6 +369,7 @@ def _bucketed(source: _Source, trunk: TransformerConfig) -> _Source:
         mask=_widened(source.mask, extra),
         token_type_ids=_widened(source.token_type_ids, extra),
         position_ids=_widened(source.position_ids, extra),
+        global_mask=_widened(source.global_mask, extra),
         # States stay on their device, as they are sharded.
         states=None
         if source.states is None

@@ -1,29 +1,41 @@
-"""Families as data: one small file each, from the published config.json to the trunk's parts."""
+"""Families as data: one small file each, from the published config.json to the trunk's parts.
+
+Every module of this package is a family, or a few namesakes; its classes register themselves by
+being here. The table of its published tensors is the module of the same name in
+`jax_encdec.convert`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_encdec.errors import ConfigError, nearest
-from jax_encdec.families.bart import BartConfig
 from jax_encdec.families.base import FamilyConfig
-from jax_encdec.families.bert import BertConfig
-from jax_encdec.families.gpt2 import GPT2Config
-from jax_encdec.families.roberta import CamembertConfig, RobertaConfig, XLMRobertaConfig
 
-FAMILIES: Mapping[str, type[FamilyConfig]] = {
-    cls.model_type: cls
-    for cls in (
-        BertConfig,
-        RobertaConfig,
-        XLMRobertaConfig,
-        CamembertConfig,
-        GPT2Config,
-        BartConfig,
-    )
-}
+
+def _classes() -> Iterator[type[FamilyConfig]]:
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and issubclass(value, FamilyConfig) and hasattr(value, "model_type"):
+                yield value
+
+
+FAMILIES: Mapping[str, type[FamilyConfig]] = {cls.model_type: cls for cls in _classes()}
 """Every supported family, by its published `model_type`."""
+
+CONFIGS: Mapping[str, type[FamilyConfig]] = {cls.__name__: cls for cls in FAMILIES.values()}
+"""The same, by the class's name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in CONFIGS:
+        return CONFIGS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def family_config(data: Mapping[str, Any], where: str = "config") -> FamilyConfig:
@@ -45,14 +57,4 @@ def family_config(data: Mapping[str, Any], where: str = "config") -> FamilyConfi
     return FAMILIES[name].from_dict(data, where)
 
 
-__all__ = [
-    "FAMILIES",
-    "BartConfig",
-    "BertConfig",
-    "CamembertConfig",
-    "FamilyConfig",
-    "GPT2Config",
-    "RobertaConfig",
-    "XLMRobertaConfig",
-    "family_config",
-]
+__all__ = ["CONFIGS", "FAMILIES", "FamilyConfig", "family_config"]

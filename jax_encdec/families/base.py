@@ -31,6 +31,11 @@ class FamilyConfig:
     """The family's published name."""
     whole_architecture: ClassVar[str | None] = None
     """The published class that holds an encoder and a decoder of this family, if there is one."""
+    roles: ClassVar[tuple[Role, ...]] = ("encoder", "decoder")
+    """What models of this family were published as, and so what their tensors have names for."""
+    wraps_labels: ClassVar[bool] = False
+    """The whole model starts a target with its own last token (mBART's language code) in place of
+    a start token."""
 
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Keys of config.json that have no meaning here; written back by `to_dict`."""
@@ -64,6 +69,11 @@ class FamilyConfig:
     def ties_head(self) -> bool:
         """Whether the decoder's logits share the token embedding."""
         return bool(getattr(self, "tie_word_embeddings", True))
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether the halves of the whole model read one token embedding."""
+        return self.ties_head
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with fields changed; an unknown name is refused."""
