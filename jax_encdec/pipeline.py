@@ -61,7 +61,9 @@ class Text2TextPipeline:
         *,
         dtype: Any = None,
         revision: str | None = None,
+        token: hub.Token = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> Text2TextPipeline:
         """Load a published pair with its tokenizers.
 
@@ -69,13 +71,21 @@ class Text2TextPipeline:
             path: a folder, a weight file with its configuration beside it, or a hub repository id.
             dtype: of parameters and computation; None: float32; "auto": as the file has it.
             revision: branch, tag or commit of a hub repository.
+            token: for a repository that asks for one; None: the stored one, if any; False: none.
             cache_dir: where downloads are kept.
+            local_files_only: take what the cache holds and ask nobody.
 
         Raises:
             CheckpointError, ConfigError: no such model, a damaged one, or one without a tokenizer.
         """
-        place = hub.resolve(path, revision=revision, cache_dir=cache_dir)
-        tokenizers = TokenizerPair.from_pretrained(place if place.is_dir() else place.parent)
+        place = hub.resolve(
+            path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        tokenizers = TokenizerPair.from_pretrained(place)
         model, params = EncoderDecoderModel.from_pretrained(place, dtype=dtype)
         return cls(model, params, tokenizers)
 

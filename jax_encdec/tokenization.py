@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from . import hub
 from .errors import CheckpointError, InputError
 from .tokenizer_files import FILES, SPECIAL_TOKENS, read_tokenizer
 
@@ -80,7 +81,9 @@ class Tokenizer:
         self.files = dict(files or {})
         for name in SPECIAL_TOKENS:
             token = self.config.get(name)
-            if token is not None and backend.token_to_id(token) is None:
+            if token is None:
+                continue
+            if not isinstance(token, str) or backend.token_to_id(token) is None:
                 raise InputError(f"the {name} {token!r} is not in the tokenizer's vocabulary")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         limit = self.config.get("model_max_length", self.config.get("max_len"))
@@ -90,18 +93,35 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, subfolder: str | None = None, *, role: str = "encoder"
+        cls,
+        folder: Path | str,
+        subfolder: str | None = None,
+        *,
+        role: str = "encoder",
+        revision: str | None = None,
+        token: hub.Token = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
     ) -> Tokenizer:
-        """Read the tokenizer in `folder`, or in `subfolder` of it.
+        """Read the tokenizer in `folder` (or a hub repository), or in `subfolder` of it.
 
         `tokenizer.json` is preferred; without it BERT, GPT-2 and RoBERTa/BART tokenizers are
         rebuilt from `vocab.txt` or `vocab.json` and `merges.txt`. `role` ("encoder" or "decoder")
-        says which half of an encoder-decoder's `config.json` names the kind of tokenizer.
+        says which half of an encoder-decoder's `config.json` names the kind of tokenizer. The
+        other arguments are as in `EncoderDecoderModel.from_pretrained`.
 
         Raises:
             CheckpointError: The folder, its tokenizer, or part of it is missing or damaged.
         """
-        path = Path(folder) / (subfolder or "")
+        place = hub.resolve(
+            folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=False,
+        )
+        path = (place if place.is_dir() else place.parent) / (subfolder or "")
         if not path.is_dir():
             raise CheckpointError(f"no folder {path} to read a tokenizer from")
         return cls(*read_tokenizer(path, role=role))
@@ -322,9 +342,28 @@ class TokenizerPair:
     target: Tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> TokenizerPair:
-        """Read both tokenizers of `folder`; raises as `Tokenizer.from_pretrained`."""
-        path = Path(folder)
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        revision: str | None = None,
+        token: hub.Token = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
+    ) -> TokenizerPair:
+        """Read both tokenizers of `folder`, or of a hub repository.
+
+        Arguments and errors are those of `Tokenizer.from_pretrained`.
+        """
+        place = hub.resolve(
+            folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=False,
+        )
+        path = place if place.is_dir() else place.parent
         own = (path / "encoder_tokenizer").is_dir()
         source = Tokenizer.from_pretrained(path, "encoder_tokenizer" if own else None)
         if not (path / "decoder_tokenizer").is_dir():

@@ -9,6 +9,7 @@ gives them.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from .errors import CheckpointError
+from . import hub
+from .errors import CheckpointError, ConfigError
 
 # In the order in which Transformers adds the ones a vocabulary lacks.
 SPECIAL_TOKENS = (
@@ -43,6 +45,8 @@ FILES = (
     "chat_template.jinja",
     *SENTENCEPIECE,
 )
+
+_MAX_BYTES = 100_000_000  # several times the largest vocabulary
 
 
 class Layout(NamedTuple):
@@ -123,7 +127,7 @@ def read_tokenizer(
     Raises:
         CheckpointError: No tokenizer here, or one of its files is damaged.
     """
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
     config = _read_json(folder / "tokenizer_config.json")
     layout, named = _find_layout(folder, config, role)
     if "tokenizer.json" in files:
@@ -157,10 +161,17 @@ def read_tokenizer(
     return backend, {**config, **special}, files
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return hub.read_bytes(path, _MAX_BYTES)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    return _parse_json(path, path.read_bytes())
+    return _parse_json(path, _read(path))
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
@@ -174,13 +185,63 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _read_tokenizer_json(path: Path, data: bytes) -> tokenizers.Tokenizer:
-    _parse_json(path, data)
+    # The library trusts these two, and ends the process where it should not.
+    if b"recompiled" in data or b"\\u" in data:
+        check_charsmaps(path, _parse_json(path, data).get("normalizer"))
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        backend = tokenizers.Tokenizer.from_buffer(data)
+        if backend.post_processor is not None:
+            check_templates(path, json.loads(backend.post_processor.__getstate__()))
+        return backend
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises bare Exception
+        _parse_json(path, data)  # which may have a better message
         raise CheckpointError(
             f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} can read: {error}"
         ) from None
+
+
+def check_charsmaps(path: Path, normalizer: Any, depth: int = 0) -> None:
+    """Refuse a compiled table of characters that cannot be one.
+
+    It is the length of a trie (4 bytes), the trie (4 bytes a node) and the texts it leads to.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if not isinstance(normalizer, dict) or depth > 8:
+        return
+    parts = normalizer.get("normalizers")
+    for part in parts if isinstance(parts, list) else ():
+        check_charsmaps(path, part, depth + 1)
+    if normalizer.get("type") != "Precompiled":
+        return
+    try:
+        table = base64.b64decode(str(normalizer.get("precompiled_charsmap")), validate=True)
+    except ValueError:
+        table = b""
+    nodes = int.from_bytes(table[:4], "little")
+    if not 0 < nodes <= len(table) - 4 or nodes % 4:
+        raise CheckpointError(f"{path} has a damaged table of characters (precompiled_charsmap)")
+
+
+def check_templates(path: Path, processor: Mapping[str, Any], depth: int = 0) -> None:
+    """Refuse a template that puts a token around a text without saying which id it has.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    for part in processor.get("processors") or () if depth < 8 else ():
+        check_templates(path, part, depth + 1)
+    known = processor.get("special_tokens") or {}
+    for piece in (*(processor.get("single") or ()), *(processor.get("pair") or ())):
+        name = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        if name is not None and name not in known:
+            raise CheckpointError(
+                f"{path} puts the token {str(name)[:80]!r} around texts, which its "
+                f"post_processor does not define"
+            )
 
 
 def _find_layout(
@@ -326,6 +387,10 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterator[AddedToken]:
     names = [*SPECIAL_TOKENS, *(k for k in config if k.endswith("_token"))]
     values = [config.get(name) for name in dict.fromkeys(names)]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(extra, dict | list):
+        raise CheckpointError(
+            f"extra_special_tokens must be a list of tokens; got {str(extra)[:80]!r}"
+        )
     values += extra.values() if isinstance(extra, dict) else extra
     for value in values:
         if isinstance(value, dict) and isinstance(value.get("content"), str):

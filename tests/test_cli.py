@@ -38,8 +38,9 @@ def predictions(folder) -> list[str]:
 
 @pytest.fixture
 def copy(folder, tmp_path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
+    """A copy to be damaged, without the digests that would notice."""
+    ignored = shutil.ignore_patterns("SHA256SUMS")
+    return Path(shutil.copytree(folder, tmp_path / "copy", ignore=ignored))
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -194,6 +195,11 @@ def test_standard_input_and_a_reader_that_leaves(folder, predictions):
         (["generate", "--model", "M", "a", "--output", "no/o.txt"], "cannot be written: No such"),
         (["generate", "--model", "M", "--input", "absent.txt"], "absent.txt: No such file"),
         (["generate", "--model", "./M", "a"], "./M: no such file or folder"),
+        (["generate", "--model", "org/m", "a", "--offline"], "org/m is not in the cache"),
+        (["generate", "--model", "M", "a", "--token", ""], "the token must be a word"),
+        (["inspect", "M", "--ofline"], "did you mean '--offline'"),
+        (["inspect", "M", "--revision", ".."], "must be a branch, tag or commit; got '..'"),
+        (["convert", "a", "b", "--format", "pickle"], "invalid choice: 'pickle'"),
         (["convert", "SRC"], "missing: DST"),
         (["convert", "a", "b", "--max-shard-size", "many"], "a size such as 5GB"),
         (["inspect", "./absent"], "./absent: no such file or folder"),
@@ -474,7 +480,7 @@ def test_torch_files_become_safetensors_that_transformers_opens(folder, tmp_path
     again = transformers.EncoderDecoderModel.from_pretrained(out)
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    names = {"model.safetensors", "config.json", "generation_config.json"}
+    names = {"model.safetensors", "config.json", "generation_config.json", "SHA256SUMS"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in out.iterdir()} == names | tokenizer
     for name in tokenizer:
@@ -539,6 +545,7 @@ def test_a_folder_in_use_is_kept_unless_told_otherwise(copy, folder, tmp_path, c
     refused(capsys, "convert", copy, out, "--overwrite")
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     assert call(capsys, "convert", folder, out, "--overwrite")[0] == 0
+    assert (out / "SHA256SUMS").read_bytes() == (folder / "SHA256SUMS").read_bytes()
     assert {f.name for f in out.iterdir()} == {f.name for f in folder.iterdir()} | {"notes.md"}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -19,6 +19,7 @@ from jax_encdec.cli import dates, demo
 pytestmark = pytest.mark.xdist_group("demo")
 
 FILES = {
+    "SHA256SUMS",
     "config.json",
     "demo.json",
     "generation_config.json",

@@ -21,6 +21,7 @@ from jax_encdec.errors import EncDecError, InputError, nearest
 
 COMMANDS = ("demo", "generate", "inspect", "convert")
 PROGRAM = "jax-encdec"
+_MAX_MESSAGE = 2000
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             file = f"{error.filename}: " if error.filename else ""
             return _fail(f"{file}{error.strerror or error}")
+
+
+def hub_parser() -> argparse.ArgumentParser:
+    """The options that say how a hub repository is had, as a parent of commands that take one."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("hub repositories")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
+    group.add_argument(
+        "--token",
+        help="for repositories that ask for one (default: HF_TOKEN, or `hf auth login`'s)",
+    )
+    group.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+    group.add_argument("--offline", action="store_true", help="use the cache, download nothing")
+    return parser
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `hub.resolve` that the options of `hub_parser` stand for."""
+    return {
+        "revision": args.revision,
+        "token": args.token,
+        "cache_dir": args.cache_dir,
+        "local_files_only": args.offline,
+    }
 
 
 def _run(arguments: list[str]) -> int:
@@ -97,9 +122,17 @@ def _unknown(arguments: list[str], parser: argparse.ArgumentParser) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {_line(message)}", file=sys.stderr)
     return 2
 
 
+def _line(message: str) -> str:
+    """One line of bounded length, whatever a file's names and values hold."""
+    line = " ".join(message.split())
+    if len(line) <= _MAX_MESSAGE:
+        return line
+    return f"{line[: _MAX_MESSAGE // 2]} ... {line[-_MAX_MESSAGE // 2 :]}"
+
+
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: warning: {_line(str(message))}", file=sys.stderr)

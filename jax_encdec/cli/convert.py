@@ -8,6 +8,8 @@ import re
 import sys
 from typing import Any
 
+from jax_encdec.cli import hub_options, hub_parser
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -15,9 +17,10 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
         "convert",
+        parents=[hub_parser()],
         help="write a pair as safetensors that PyTorch opens",
         description="Write a pair, from any format that can be read, as a folder of safetensors "
-        "that PyTorch Transformers opens, tokenizer files included.",
+        "(or of another format) that PyTorch Transformers opens, tokenizer files included.",
     )
     parser.add_argument("src", metavar="SRC", help="folder, weight file or hub repository id")
     parser.add_argument("dst", metavar="DST", help="folder to write, new or empty")
@@ -26,6 +29,13 @@ def add_parser(subparsers: Any) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the written weights; auto: each as it is (default: auto)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "bin", "msgpack", "h5"),
+        default="safetensors",
+        help="of the written weights: for PyTorch, old PyTorch, Flax or TensorFlow "
+        "(default: safetensors)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -54,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
         done = convert(
             args.src,
             args.dst,
+            **({} if args.format == "safetensors" else {"format": args.format}),
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
+            **hub_options(args),
             progress=progress,
         )
     kinds = ", ".join(f"{count} {name}" for name, count in done.dtypes.items())

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from jax_encdec.cli import hub_options, hub_parser
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.errors import InputError, nearest
 
@@ -67,6 +68,7 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
         "generate",
+        parents=[hub_parser()],
         help="generate from texts with a trained pair",
         description="Generate from texts; without --output, one prediction per line is printed "
         "(line breaks inside a prediction become spaces).",
@@ -148,9 +150,9 @@ def _generate(
     from jax_encdec.pipeline import Text2TextPipeline, TextError
     from jax_encdec.pretrained import read_configs
 
-    place = hub.resolve(args.model)
+    place = hub.resolve(args.model, **hub_options(args))
     config, defaults = read_configs(place)
-    defaults.replace(**options).validate(config.decoder.vocab_size)
+    defaults.replace(**options).validate(config.target_vocabulary)
     pipe = Text2TextPipeline.from_pretrained(place, dtype=args.dtype)
     try:
         results = pipe(

@@ -2,7 +2,7 @@
 
 `describe(path)` gathers everything as plain JSON values, from configurations and the weight files'
 tables of contents; `render` writes them out for people. No weight is loaded (but tied tensors that
-a file holds twice are compared).
+a file holds twice are compared, and files with their digests where there are any).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_encdec.cli import hub_options, hub_parser
 from jax_encdec.errors import EncDecError
 
 _NAMES = {
@@ -34,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
         "inspect",
+        parents=[hub_parser()],
         help="say what a model is, and what it lacks",
         description="Describe a pair, or a single model that can be one side of a pair, without "
         "loading it. Exits with 1 if it cannot be used as it is.",
@@ -44,28 +46,29 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe the model; see `add_parser` for the arguments."""
-    found = describe(args.model)
+    found = describe(args.model, **hub_options(args))
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else render(found))
     return 0 if found["usable"] else 1
 
 
-def describe(
-    path: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
-) -> dict[str, Any]:
+def describe(path: str | Path, **source: Any) -> dict[str, Any]:
     """Describe a pair or a single model as plain JSON values.
 
     Problems of the weights are part of the description: `problems` lists them, `usable` says
-    whether the model can be loaded and generated from (a single model: joined) as it is.
+    whether the model can be loaded and generated from (a single model: joined) as it is. `source`
+    says how a hub repository is had: the arguments of `hub.resolve`.
 
     Raises:
         CheckpointError, ConfigError: there is no such model, or its configuration is unreadable.
     """
     from jax_encdec import hub
     from jax_encdec.families import FAMILIES
+    from jax_encdec.pretrained import refuse_custom_code
 
-    place = hub.resolve(path, revision=revision, cache_dir=cache_dir)
+    place = hub.resolve(path, **source)
     folder = place if place.is_dir() else place.parent
     data = hub.read_json(folder / "config.json")
+    refuse_custom_code(data, str(folder / "config.json"))
     kind = data.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is not None and family.whole_architecture is None:
@@ -88,6 +91,7 @@ def _hopeless(found: Mapping[str, Any]) -> bool:
 
 
 def _pair(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    from jax_encdec.convert import digests
     from jax_encdec.convert.readers import open_tensors
     from jax_encdec.pretrained import plan_pair, read_configs
 
@@ -96,6 +100,7 @@ def _pair(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     problems: list[dict[str, Any]] = []
     weights: dict[str, Any] | None = None
     try:
+        digests.check(place)
         with open_tensors(place) as source:
             weights = _weights(place, source)
             with warnings.catch_warnings():
@@ -104,13 +109,14 @@ def _pair(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
         weights["ignored"] = dict(report.ignored)
         weights["fresh"] = list(report.fresh)
         problems += [_problem(note, "convert it, which writes it untied") for note in report.notes]
-        if lost := [leaf for leaf in report.fresh if "/kept/" not in leaf]:
+        unneeded = ("/kept/", "/embedding/position")  # never read, or computed
+        if lost := [leaf for leaf in report.fresh if not any(part in leaf for part in unneeded)]:
             problems.append(
                 _problem(f"not in the weights: {', '.join(lost)}", "they start from zero")
             )
     except EncDecError as error:
         problems.append(_problem(str(error), "restore the files, or download them again", True))
-    vocabulary = config.decoder.vocab_size
+    vocabulary = config.target_vocabulary
     try:
         generation_config.validate(vocabulary)
     except EncDecError as error:
@@ -230,6 +236,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def _single(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    from jax_encdec.convert import digests
     from jax_encdec.convert.readers import open_tensors
     from jax_encdec.families import family_config
 
@@ -239,6 +246,7 @@ def _single(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     problems: list[dict[str, Any]] = []
     weights, roles = None, {}
     try:
+        digests.check(place)
         with open_tensors(place) as source:
             weights = _weights(place, source)
             roles = {role: _as_side(config, role, source, path) for role in ("encoder", "decoder")}
