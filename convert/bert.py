@@ -7,33 +7,54 @@ from jax_encdec.convert.rules import Linear, Rule, Vector, linear, norm
 from jax_encdec.convert.table import BUFFER, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 
+EMBEDDINGS = (
+    Rule("embeddings.word_embeddings.weight", "embedding/token"),
+    Rule("embeddings.position_embeddings.weight", "embedding/position"),
+    Rule("embeddings.token_type_embeddings.weight", "embedding/type"),
+    *norm("embeddings.LayerNorm", "embedding/norm"),
+)
+LAYER = "encoder.layer.{}"
+POOLER = (
+    Rule("pooler.dense.weight", "kept/pooler_kernel", Linear()),
+    Rule("pooler.dense.bias", "kept/pooler_bias", Vector()),
+)
 
-def _attention(tensor: str, leaf: str) -> tuple[Rule, ...]:
+
+def blocks(
+    attention_norm: str = "output.LayerNorm",
+    mlp_norm: str = "output.LayerNorm",
+    place: str = "norm_after",
+) -> tuple[Rule, ...]:
+    """Tensors of the layers; kin differ in where the norms are, and so in what they are called."""
+
+    def attention(tensor: str, leaf: str) -> tuple[Rule, ...]:
+        return (
+            *linear(f"{tensor}.self.query", f"{leaf}/query"),
+            *linear(f"{tensor}.self.key", f"{leaf}/key"),
+            *linear(f"{tensor}.self.value", f"{leaf}/value"),
+            *linear(f"{tensor}.output.dense", f"{leaf}/out", inputs=2),
+            *norm(f"{tensor}.{attention_norm}", f"{leaf}/{place}"),
+        )
+
     return (
-        *linear(f"{tensor}.self.query", f"{leaf}/query"),
-        *linear(f"{tensor}.self.key", f"{leaf}/key"),
-        *linear(f"{tensor}.self.value", f"{leaf}/value"),
-        *linear(f"{tensor}.output.dense", f"{leaf}/out", inputs=2),
-        *norm(f"{tensor}.output.LayerNorm", f"{leaf}/norm_after"),
+        *attention(f"{LAYER}.attention", "{}/self_attention"),
+        *attention(f"{LAYER}.crossattention", "{}/cross_attention"),
+        *feed_forward(mlp_norm, place),
+    )
+
+
+def feed_forward(mlp_norm: str = "output.LayerNorm", place: str = "norm_after") -> tuple[Rule, ...]:
+    """Tensors of the layers' feed-forward."""
+    return (
+        *linear(f"{LAYER}.intermediate.dense", "{}/mlp/up"),
+        *linear(f"{LAYER}.output.dense", "{}/mlp/down"),
+        *norm(f"{LAYER}.{mlp_norm}", f"{{}}/mlp/{place}"),
     )
 
 
 def body(config: FamilyConfig, role: Role) -> tuple[Rule, ...]:
     """Tensors of BertModel."""
-    layer = "encoder.layer.{}"
-    return (
-        Rule("embeddings.word_embeddings.weight", "embedding/token"),
-        Rule("embeddings.position_embeddings.weight", "embedding/position"),
-        Rule("embeddings.token_type_embeddings.weight", "embedding/type"),
-        *norm("embeddings.LayerNorm", "embedding/norm"),
-        *_attention(f"{layer}.attention", "{}/self_attention"),
-        *_attention(f"{layer}.crossattention", "{}/cross_attention"),
-        *linear(f"{layer}.intermediate.dense", "{}/mlp/up"),
-        *linear(f"{layer}.output.dense", "{}/mlp/down"),
-        *norm(f"{layer}.output.LayerNorm", "{}/mlp/norm_after"),
-        Rule("pooler.dense.weight", "kept/pooler_kernel", Linear()),
-        Rule("pooler.dense.bias", "kept/pooler_bias", Vector()),
-    )
+    return (*EMBEDDINGS, *blocks(), *POOLER)
 
 
 def decoder_biases(config: FamilyConfig, outer: str, inner: str) -> tuple[Rule, ...]:

@@ -394,11 +394,9 @@ def match(
     for part in parts:
         for slot in bind(part, leaves):
             bound.update(slot.leaves)
-            if slot.fallback:
-                if slot.tensor in names:
-                    fallbacks |= {(path, slot.index): slot for path in slot.leaves}
-                continue
-            if slot.tensor not in names:
+            if slot.fallback and slot.tensor in names:
+                fallbacks |= {(path, slot.index): slot for path in slot.leaves}
+            if slot.fallback or slot.tensor not in names:
                 for path in slot.leaves:
                     missing.setdefault((path, slot.index), []).append(slot.tensor)
                 continue
@@ -413,7 +411,14 @@ def match(
     optional = _optional(parts, leaves)
     if unbound := [path for path in leaves if path not in bound and path not in optional]:
         raise AssertionError(f"no rule fills {unbound}")  # a hole in a family's table
-    slots |= {p: [slot] for p, slot in fallbacks.items() if p in missing and p not in slots}
+    for place, slot in fallbacks.items():
+        if place in slots or place not in missing:
+            continue
+        consumed.add(slot.tensor)
+        slots[place] = [slot]
+        expected, got = tensor_shape(slot, leaves), source.info(names[slot.tensor]).shape
+        if got != expected:
+            problems.append(f"{slot.tensor} has shape {got}, expected {expected}")
     lost = {place: tensors for place, tensors in missing.items() if place not in slots}
     fresh = tuple(dict.fromkeys(path for path, _ in lost if path in optional))
     fresh += tuple(path for path in optional if path not in bound)

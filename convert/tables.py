@@ -11,11 +11,11 @@ import importlib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from jax_encdec.config import Role
+from jax_encdec.config import Role, TransformerConfig
 from jax_encdec.convert.rules import Part, linear, published_names
 from jax_encdec.convert.table import LEFT_OUT, NO_CROSS, NO_HEAD, Table
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
-from jax_encdec.errors import CheckpointError
+from jax_encdec.errors import CheckpointError, ConfigError
 from jax_encdec.families import FamilyConfig
 
 
@@ -28,6 +28,13 @@ def table_of(config: FamilyConfig) -> Table:
 
 _TIED_HEAD = ("decoder", "head", "kernel"), ("decoder", "embedding", "token")
 _UNUSED = "*/kept/*"  # published, never read: a file may lack them
+
+
+def _lacking(**trunks: TransformerConfig) -> tuple[str, ...]:
+    """Patterns of leaves that a file may lack: unused ones, and tables that a formula fills."""
+    tables = {path: trunk.embedding.position for path, trunk in trunks.items()}
+    fixed = [path for path, table in tables.items() if table is not None and table.fixed]
+    return _UNUSED, *(f"{path}/embedding/position" for path in fixed)
 
 
 def _head_alias(config: FamilyConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -58,14 +65,14 @@ def composite_parts(config: EncoderDecoderConfig) -> tuple[Part, ...]:
             trunks={"encoder": config.encoder_trunk},
             ignored=tuple((f"encoder.{p}", why) for p, why in encoder.ignored),
             aliases=aliases,
-            optional=(_UNUSED,),
+            optional=_lacking(encoder=config.encoder_trunk),
         ),
         Part(
             tuple(outer),
             trunks={"decoder": config.decoder_trunk},
             ignored=tuple((f"decoder.{p}", why) for p, why in decoder.ignored),
             aliases=aliases,
-            optional=(_UNUSED,),
+            optional=_lacking(decoder=config.decoder_trunk),
         ),
         Part(joint),
     )
@@ -83,13 +90,14 @@ def whole_parts(config: EncoderDecoderConfig, names: Iterable[str] = ()) -> tupl
     names = published_names(names)
     if names and not any(name.startswith("model.") for name in names):
         rules = tuple(replace(rule, tensor=rule.tensor.removeprefix("model.")) for rule in rules)
+    trunks = {"encoder": config.encoder_trunk, "decoder": config.decoder_trunk}
     return (
         Part(
             rules,
-            trunks={"encoder": config.encoder_trunk, "decoder": config.decoder_trunk},
+            trunks=trunks,
             ignored=table.ignored,
             aliases=_chased(config.aliases() | _head_alias(config.decoder)),
-            optional=(_UNUSED, "decoder/head/bias"),
+            optional=(*_lacking(**trunks), "decoder/head/bias"),
         ),
     )
 
@@ -124,11 +132,14 @@ def standalone_part(
     table = table_of(config)
     names = published_names(names)
     body = table.body(config, role)
-    probe = [rule.tensor for rule in body if "{}" in rule.tensor and "cross" not in rule.tensor]
+    # What shows how a file nests the bare model is a layer, if they have numbers of their own:
+    # embeddings may stand elsewhere.
+    layered = [rule.tensor for rule in body if "{}" in rule.tensor and "cross" not in rule.tensor]
+    probe = layered[0] if layered else body[0].tensor
     single = table.standalone(config, role)
-    prefix = next((p for p in single.prefixes if p + probe[0].format(0) in names), None)
+    prefix = next((p for p in single.prefixes if p + probe.format(0) in names), None)
     if prefix is None:
-        looked = " or ".join(repr(p + probe[0].format(0)) for p in single.prefixes)
+        looked = " or ".join(repr(p + probe.format(0)) for p in single.prefixes)
         raise CheckpointError(
             f"{where} holds no {config.model_type} {role}: expected a tensor {looked}; "
             f"got {len(names)} others such as {next(iter(names), 'none')!r}"
@@ -137,7 +148,8 @@ def standalone_part(
     rules = [rule.prefixed(prefix, role) for rule in body]
     rules += [rule.prefixed("", role) for rule in single.rules]
     ignored = [*table.ignored, *single.ignored]
-    optional = [_UNUSED]
+    trunk = config.to_trunk(role)
+    optional = list(_lacking(**{role: trunk}))
     aliases: dict[tuple[str, ...], tuple[str, ...]] = {}
     if role == "decoder":
         rules += [rule.prefixed("", role) for rule in head]
@@ -147,13 +159,17 @@ def standalone_part(
     else:
         ignored += [(rule.tensor, NO_HEAD) for rule in head]
         ignored += [(prefix + p, NO_CROSS) for p in ("*crossattention*", "*ln_cross_attn*")]
-    trunk = config.to_trunk(role)
-    if layers is not None:
+    if layers is not None and not layered and len(trunk.segments) > 1:
+        raise ConfigError(
+            f"no layers of {where} can be left out: their number decides which of its "
+            f"{len(trunk.segments)} groups of shared parameters each layer belongs to"
+        )
+    if layers is not None and layered:
         taken = set(layers)
-        total = 1 + max(int(m) for m in _layer_numbers(names, prefix, probe[0]))
+        total = 1 + max(int(m) for m in _layer_numbers(names, prefix, probe))
         for number in range(total):
             if number not in taken:
-                stem = prefix + probe[0].split("{}")[0]
+                stem = prefix + probe.split("{}")[0]
                 ignored.append((f"{stem}{number}.*", LEFT_OUT))
     return Part(
         tuple(rules),

@@ -140,6 +140,8 @@ class Sublayer:
     before: Norm | None = None
     branch: Norm | None = None
     after: Norm | None = None
+    dropout: bool = True
+    """Whether the residual dropout applies to this branch (not to ALBERT's feed-forward)."""
 
     @property
     def name(self) -> str:
@@ -167,6 +169,10 @@ class Segment:
     share: bool = False
 
 
+MAX_COMPUTED_ROWS = 1 << 16
+"""Positions that a computed table may have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learned:
     """A learned position table of `length` rows; position p reads row `p + offset`.
@@ -180,6 +186,13 @@ class Learned:
     fixed: bool = False
     """Sines, then cosines (Vaswani et al. 2017): published with the weights, never trained."""
 
+    def __post_init__(self):
+        # Computed where a file lacks it, so that nothing else bounds what it takes.
+        if self.fixed and self.length > MAX_COMPUTED_ROWS:
+            raise ConfigError(
+                f"a table of sinusoids has at most {MAX_COMPUTED_ROWS} positions; got {self.length}"
+            )
+
     @property
     def usable(self) -> int:
         """The longest sequence that the table can hold, in tokens."""
@@ -190,8 +203,11 @@ class Learned:
 class Sinusoidal(Learned):
     """Like `Learned`, but computed: no tensor is published (XGLM).
 
-    Frequencies as in tensor2tensor, whose last one is exactly 1/10000; pads get zeros.
+    Frequencies as in tensor2tensor, whose last one is exactly 1/10000.
     """
+
+    zero_row: int | None = None
+    """The row that holds zeros instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +228,10 @@ class Embedding:
     """Pads enter as zeros; a convolution would mix them in otherwise (DeBERTa-v2)."""
     project: bool = False
     """A dense layer from `width` to the trunk's hidden size (ELECTRA, ALBERT)."""
+
+    def __post_init__(self):
+        if isinstance(self.position, Sinusoidal) and self.width < 4:
+            raise ConfigError(f"computed positions need a width of at least 4; got {self.width}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +276,8 @@ class Kept:
 
     name: str
     shape: tuple[int, ...]
+    sinusoidal: bool = False
+    """Not random where it is new: sines, then cosines, of each position (RoFormer)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_encdec.attention import learned_positions
 from jax_encdec.config import Sinusoidal, TransformerConfig
@@ -62,11 +63,11 @@ def embed(
 ) -> jax.Array:
     """Embed tokens `[B, Q]` (or embeddings `[B, Q, width]`) as states `[B, Q, D]` in `dtype`."""
     embedding, p = config.embedding, params["embedding"]
-    x = inputs_embeds
-    if x is None:
+    if inputs_embeds is None:
         assert input_ids is not None
-        x = _rows(p["token"], input_ids)
-    x = x.astype(dtype) * jnp.asarray(embedding.scale, dtype)
+        x = _rows(p["token"], input_ids).astype(dtype) * jnp.asarray(embedding.scale, dtype)
+    else:
+        x = inputs_embeds.astype(dtype)  # scaled already, as most published models take them
     if embedding.norm is not None and embedding.norm_first:
         x = norm(embedding.norm, p["norm"], x)
     if embedding.types:
@@ -99,15 +100,17 @@ def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
 def _sinusoids(config: Sinusoidal, rows: jax.Array, width: int) -> jax.Array:
     """Sines, then cosines, of `rows` `[B|1, Q]`: float32 `[B|1, Q, width]`."""
     half = width // 2
-    frequency = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10_000.0) / (half - 1)))
+    # Rounded as the published float32 ones are: far positions magnify the last bit.
+    exponent = np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000.0) / (half - 1))
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = rows.astype(jnp.float32)[..., None] * frequency
     parts = [jnp.sin(angle), jnp.cos(angle)]
     if width % 2:
         parts.append(jnp.zeros_like(angle[..., :1]))
     table = jnp.concatenate(parts, axis=-1)
-    if config.pad_token_id is None:
+    if config.zero_row is None:
         return table
-    return jnp.where((rows == config.pad_token_id)[..., None], 0.0, table)
+    return jnp.where((rows == config.zero_row)[..., None], 0.0, table)
 
 
 def head_params(config: TransformerConfig) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class EncoderDecoderModel(nn.Module):
         """
         decoder_mask = decoder_attention_mask
         if labels is not None:
-            labels = check_ids("labels", labels, self.config.decoder.vocab_size, also=IGNORE)
+            labels = check_ids("labels", labels, self.config.target_vocabulary, also=IGNORE)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 start, pad = self._start(labels), self.token_id("pad_token_id")
                 check_shape("decoder_segment_ids", decoder_segment_ids, labels.shape)
@@ -368,8 +368,9 @@ class EncoderDecoderModel(nn.Module):
     def _start(self, labels: jax.Array) -> int | jax.Array:
         if not (self.config.whole and self.config.decoder.wraps_labels):
             return self.token_id("decoder_start_token_id")
-        # The last label comes first: `[B, 1]`.
-        last = jnp.sum(labels != IGNORE, axis=1, keepdims=True) - 1
+        # The last label that is no pad comes first: `[B, 1]`.
+        shown = (labels != IGNORE) & (labels != self.token_id("pad_token_id"))
+        last = jnp.sum(shown, axis=1, keepdims=True) - 1
         return jnp.take_along_axis(labels, jnp.maximum(last, 0), axis=1)
 
     def _tree(self) -> Params:
@@ -437,8 +438,8 @@ class EncoderDecoderModel(nn.Module):
     def from_encoder_decoder_pretrained(
         cls, encoder: Any = None, decoder: Any = None, **options: Any
     ) -> tuple[EncoderDecoderModel, Any]:
-        """Join two checkpoints; see `jax_encdec.pretrained.from_encoder_decoder_pretrained`."""
-        from jax_encdec.pretrained import from_encoder_decoder_pretrained
+        """Join two checkpoints; see `jax_encdec.warm_start.join`."""
+        from jax_encdec.warm_start import from_encoder_decoder_pretrained
 
         return from_encoder_decoder_pretrained(encoder, decoder, **options)
 
@@ -464,7 +465,7 @@ def resolve_ids(
         asked = (getattr(generation_config, key), getattr(config, key, None))
         for rank, value in enumerate((*asked, decoder)):
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
-            inside = all(isinstance(i, int) and 0 <= i < config.decoder.vocab_size for i in ids)
+            inside = all(isinstance(i, int) and 0 <= i < config.target_vocabulary for i in ids)
             if ids and inside:
                 return ids
             # A family's default id means nothing in a vocabulary that does not hold it; one that
@@ -472,7 +473,7 @@ def resolve_ids(
             if ids and rank < len(asked):
                 raise ConfigError(
                     f"{key} must be within the decoder's vocabulary, "
-                    f"0..{config.decoder.vocab_size - 1}; got {value}"
+                    f"0..{config.target_vocabulary - 1}; got {value}"
                 )
     raise ConfigError(
         f"{name} is not defined by the generation config, the config or the decoder's config; "

@@ -71,10 +71,10 @@ class EncoderDecoderConfig:
             ids = _ids(name, getattr(self, name))
             object.__setattr__(self, name, ids)
             for i in ids if isinstance(ids, tuple) else (ids,):
-                if i is not None and not 0 <= i < self.decoder.vocab_size:
+                if i is not None and not 0 <= i < self.target_vocabulary:
                     raise ConfigError(
                         f"{name} must be within the decoder's vocabulary, "
-                        f"0..{self.decoder.vocab_size - 1}; got {i}"
+                        f"0..{self.target_vocabulary - 1}; got {i}"
                     )
         stated = self.decoder.extra.get("cross_attention_hidden_size")
         stated = self.decoder_trunk.encoder_hidden if stated is None else stated
@@ -193,6 +193,11 @@ class EncoderDecoderConfig:
         return (
             self.decoder.whole_trunk("decoder") if self.whole else self.decoder.to_trunk("decoder")
         )
+
+    @property
+    def target_vocabulary(self) -> int:
+        """Number of tokens that the decoder knows."""
+        return self.decoder.vocabulary("decoder")
 
     @property
     def projects(self) -> bool:

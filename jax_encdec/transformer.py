@@ -25,6 +25,7 @@ from jax_encdec.config import (
     Block,
     Convolution,
     FeedForward,
+    Kept,
     Segment,
     Sublayer,
     TransformerConfig,
@@ -92,16 +93,13 @@ def transformer_params(config: TransformerConfig) -> dict[str, Any]:
         if head:
             params["head"] = head
     if config.kept:
-        params["kept"] = {
-            kept.name: Param(
-                kept.shape,
-                (None,) * len(kept.shape),
-                config.init_std if len(kept.shape) > 1 else "zeros",
-                trained=False,
-            )
-            for kept in config.kept
-        }
+        params["kept"] = {kept.name: _kept_param(config, kept) for kept in config.kept}
     return params
+
+
+def _kept_param(config: TransformerConfig, kept: Kept) -> Param:
+    init = "sinusoidal" if kept.sinusoidal else config.init_std if len(kept.shape) > 1 else "zeros"
+    return Param(kept.shape, (None,) * len(kept.shape), init, trained=False)
 
 
 def _block_params(config: TransformerConfig, block: Block) -> dict[str, Any]:
@@ -370,7 +368,7 @@ def _block(
             y = _feed_forward(call, sub.f, p, h, keys[1])
         if sub.branch is not None:
             y = norm(sub.branch, p["norm_branch"], y)
-        x = x + dropout(y, call.config.dropout.residual, keys[2])
+        x = x + (dropout(y, call.config.dropout.residual, keys[2]) if sub.dropout else y)
         if sub.after is not None:
             x = norm(sub.after, p["norm_after"], x)
     trace = Trace(
@@ -425,8 +423,8 @@ def _attend(
         bias = attn.bucket_bias(params["bucket_bias"], call.buckets)
     relative = call.relative
     if relative is not None and key is not None:
-        rate, key = call.config.dropout.residual, jax.random.fold_in(key, 0)
-        relative = relative._replace(table=dropout(relative.table, rate, key))
+        rate, own = call.config.dropout.residual, jax.random.fold_in(key, 0)
+        relative = relative._replace(table=dropout(relative.table, rate, own))
 
     def attend(params: Params, kv: KV, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         y, weights = attn.attend(

@@ -50,6 +50,8 @@ def randomize(model, seed: int, scale: float = 0.35):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue  # a table of sinusoids, which some files leave out
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name.lower() or "ln_" in name:
                 p.add_(0.2 * noise)

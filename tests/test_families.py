@@ -5,9 +5,13 @@ The README's table of families is made from these tests; see `benchmarks/family_
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from flax.serialization import to_bytes
+from flax.traverse_util import unflatten_dict
 from oracle import (
     CONFIGS,
     WHOLE,
@@ -19,9 +23,11 @@ from oracle import (
     randomize,
     source_batch,
     torch,
+    torch_pair,
 )
 from safetensors.numpy import load_file
 from test_pairs import check_pair, close
+from test_pretrained import trees_equal
 
 from jax_encdec import EncoderDecoderModel
 from jax_encdec.families import FAMILIES
@@ -69,21 +75,25 @@ def check_files(oracle, folder, *roles):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_encoder(family, tmp_path):
-    oracle = check_pair(family, "bert", "projected, untied", seed=len(family))
+def test_encoder(family, tmp_path, record_property):
+    record_property("family", family)
+    size, seed = "projected, untied", len(family)
+    oracle = check_pair(family, "bert", size, seed, record=record_property)
     check_files(oracle, tmp_path, (family, "encoder"))
 
 
 @pytest.mark.parametrize("size", ["equal, tied", "projected, untied"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_decoder(family, size, tmp_path):
-    oracle = check_pair("bert", family, size, seed=len(family))
+def test_decoder(family, size, tmp_path, record_property):
+    record_property("family", family)
+    oracle = check_pair("bert", family, size, len(family), record=record_property)
     check_files(oracle, tmp_path, (family, "decoder"))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", WHOLE)
-def test_whole(family, tied, tmp_path):
+def test_whole(family, tied, tmp_path, record_property):
+    record_property("family", family)
     oracle = whole(family, tied)
     model, params = from_torch(oracle)
     assert model.config.whole
@@ -97,12 +107,55 @@ def test_whole(family, tied, tmp_path):
         )
     ours = model.apply({"params": params}, ids, mask, labels=labels)
     counted = labels != -100  # the pads after the end are hidden here, and not there
-    close(ours.logits[counted], theirs.logits[as_torch(counted).bool()], 2e-5)
+    error = close(ours.logits[counted], theirs.logits[as_torch(counted).bool()], 2e-5)
+    record_property("logits", error)
     assert abs(float(ours.loss) - theirs.loss.item()) <= 2e-6 * max(1.0, theirs.loss.item())
+    ties = 0
     for beams in (1, 4):
         options = {"max_new_tokens": 24, "num_beams": beams}
-        assert_same_tokens(oracle, model, params, ids, mask, **options)
+        ties += assert_same_tokens(oracle, model, params, ids, mask, **options)
+    record_property("near_ties", ties)
     check_files(oracle, tmp_path)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("format", ["zip .bin", "old .bin", "msgpack"])
+def test_reads(format, family, tmp_path, record_property):
+    """The same parameters from every format that PyTorch and Flax ever wrote."""
+    record_property("family", family)
+    record_property("format", format)
+    encoder = family if "encoder" in FAMILIES[family].roles else "bert"
+    decoder = family if "decoder" in FAMILIES[family].roles else "bert"
+    oracle = torch_pair(encoder, decoder, seed=9)
+    oracle.save_pretrained(tmp_path / "safetensors")
+    _, expected = EncoderDecoderModel.from_pretrained(tmp_path / "safetensors")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(tmp_path / "safetensors" / "config.json", folder)
+    if format == "msgpack":
+        (folder / "flax_model.msgpack").write_bytes(to_bytes(as_flax(oracle)))
+    else:
+        modern = format == "zip .bin"
+        file = folder / "pytorch_model.bin"
+        torch.save(oracle.state_dict(), file, _use_new_zipfile_serialization=modern)
+    _, params = EncoderDecoderModel.from_pretrained(folder)
+    trees_equal(params, expected)
+
+
+def as_flax(model):
+    """A model's parameters as Transformers' Flax classes named and turned them."""
+    tree = {}
+    for name, tensor in model.state_dict().items():
+        *path, last = name.split(".")
+        value = tensor.numpy()
+        if last == "weight" and ("norm" in path[-1].lower() or path[-1].startswith("ln_")):
+            last = "scale"
+        elif last == "weight" and value.ndim == 2 and "embed" in path[-1]:
+            last = "embedding"
+        elif last == "weight":
+            last, value = "kernel", value.T
+        tree[(*path, last)] = value
+    return unflatten_dict(tree)
 
 
 def whole(family, tied, seed=3):
@@ -117,9 +170,10 @@ def whole(family, tied, seed=3):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(60))
-def test_random_pair(seed, tmp_path):
+def test_random_pair(seed, tmp_path, record_property):
     rng = np.random.default_rng(seed)
     encoder, decoder = str(rng.choice(ENCODERS)), str(rng.choice(DECODERS))
     size = ("equal, tied", "projected, untied")[rng.integers(2)]
-    oracle = check_pair(encoder, decoder, size, seed=seed, batch=4, length=13)
+    record_property("pair", f"{encoder} + {decoder}")
+    oracle = check_pair(encoder, decoder, size, seed, batch=4, length=13, record=record_property)
     check_files(oracle, tmp_path, (encoder, "encoder"), (decoder, "decoder"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
@@ -21,6 +21,9 @@ from jax_encdec.errors import ConfigError, nearest
 
 # Written by `to_dict` from what the model is, so never taken from a file.
 ROLE_KEYS = ("model_type", "is_decoder", "add_cross_attention")
+
+_MAX_LAYERS = 1000
+"""Ten times the most that are published; each has rules of its own, so more would take long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class FamilyConfig:
     """The published class that holds an encoder and a decoder of this family, if there is one."""
     roles: ClassVar[tuple[Role, ...]] = ("encoder", "decoder")
     """What models of this family were published as, and so what their tensors have names for."""
+    limits: ClassVar[str] = ""
+    """What of the published family is not supported, for the table of families."""
     wraps_labels: ClassVar[bool] = False
     """The whole model starts a target with its own last token (mBART's language code) in place of
     a start token."""
@@ -50,6 +55,10 @@ class FamilyConfig:
         for name, annotation in _types(type(self)).items():
             if name != "extra":
                 object.__setattr__(self, name, _checked(name, getattr(self, name), annotation))
+        for role in self.roles:
+            name = self.layers_field(role)
+            if (layers := getattr(self, name, None) or 0) > _MAX_LAYERS:
+                raise ConfigError(f"{name} must be at most {_MAX_LAYERS}; got {layers}")
 
     def to_trunk(self, role: Role) -> TransformerConfig:
         """Translate into the trunk's configuration, as an encoder or as a decoder with a
@@ -64,6 +73,10 @@ class FamilyConfig:
     def width(self) -> int:
         """Hidden size, whatever the family calls it."""
         return self.to_trunk("encoder").hidden
+
+    def vocabulary(self, role: Role) -> int:
+        """Number of tokens that a role knows; few families have more than one."""
+        return self.vocab_size
 
     @property
     def ties_head(self) -> bool:
@@ -150,6 +163,17 @@ def usual_segment(
     """Like blocks of self-attention, cross-attention in a decoder, and feed-forward."""
     cross = (attention("encoder"),) if role == "decoder" else ()
     return Segment(blocks=(Block(sublayers=(attention("self"), *cross, mlp)),), repeat=layers)
+
+
+def periodic_segments(blocks: Sequence[Block]) -> tuple[Segment, ...]:
+    """Blocks as the shortest period that they repeat, and the part of one that may be left."""
+    if not blocks:
+        return ()
+    same = (p for p in range(1, len(blocks) + 1) if list(blocks[p:]) == list(blocks[:-p]))
+    period = next(same)
+    repeat, rest = divmod(len(blocks), period)
+    left = (Segment(blocks=tuple(blocks[-rest:]), repeat=1),) if rest else ()
+    return Segment(blocks=tuple(blocks[:period]), repeat=repeat), *left
 
 
 @cache

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from jax_encdec.config import Learned
+from jax_encdec.config import Head, Learned
 from jax_encdec.errors import ConfigError
 from jax_encdec.families.bert import BertConfig
 
@@ -38,9 +38,9 @@ class RobertaConfig(BertConfig):
             pad_token_id=self.pad_token_id,
         )
 
-    def head_activation(self) -> str:
+    def head(self) -> Head:
         """RoBERTa's head is always GELU, whatever the blocks use."""
-        return "gelu"
+        return replace(super().head(), activation="gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
