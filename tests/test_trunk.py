@@ -22,7 +22,15 @@ from trunks import lively
 from jax_encdec import EncoderDecoderConfig, EncoderDecoderModel, layers
 from jax_encdec.attention import attend, attention_params, keys_values, learned_positions
 from jax_encdec.config import Attention, Dropout, TransformerConfig
-from jax_encdec.families import BartConfig, BertConfig, GPT2Config, RobertaConfig
+from jax_encdec.families import (
+    AlbertConfig,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    ModernBertConfig,
+    RobertaConfig,
+    T5Config,
+)
 from jax_encdec.transformer import (
     decode_step,
     init_caches,
@@ -52,16 +60,28 @@ GPT2 = GPT2Config(
     scale_attn_by_inverse_layer_idx=True,
 )
 BART = BartConfig(vocab_size=37, d_model=16, encoder_attention_heads=4, decoder_attention_heads=4)
+MODERNBERT = ModernBertConfig(
+    **(SMALL | {"num_hidden_layers": 7}), intermediate_size=24, local_attention=4
+)
+ALBERT = AlbertConfig(
+    **(SMALL | {"num_hidden_layers": 4}),
+    num_hidden_groups=2,
+    embedding_size=8,
+    intermediate_size=24,
+    max_position_embeddings=40,
+)
+T5 = T5Config(vocab_size=37, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=4,
+              relative_attention_num_buckets=8, relative_attention_max_distance=12)  # fmt: skip
 ENCODERS: dict[str, TransformerConfig] = {
     "roberta": ROBERTA.to_trunk("encoder"),
-    "modernbert": trunks.modernbert(),
-    "t5": trunks.t5("encoder", gated=True),
-    "albert": trunks.factorised((1, 2), (1, 2), share=True, activation="gelu_new"),
+    "modernbert": MODERNBERT.to_trunk("encoder"),
+    "t5": T5.replace(feed_forward_proj="gated-gelu").to_trunk("encoder"),
+    "albert": ALBERT.to_trunk("encoder"),
 }
 DECODERS: dict[str, TransformerConfig] = {
     "roberta": ROBERTA.to_trunk("decoder"),
     "gpt2": GPT2.to_trunk("decoder"),
-    "t5": trunks.t5("decoder", gated=False, encoder_hidden=trunks.ENCODER_HIDDEN),
+    "t5": replace(T5.to_trunk("decoder"), encoder_hidden=trunks.ENCODER_HIDDEN),
     "llama": trunks.llama(cross=True, qk_norm=True),
     "gemma2": trunks.gemma2(cross=True),
 }

@@ -15,11 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax_encdec.config import (
     Attention,
     Block,
-    BucketBias,
     Embedding,
     FeedForward,
     Head,
-    Learned,
     Norm,
     Rotary,
     Segment,
@@ -38,121 +36,6 @@ ENCODER_HIDDEN = 12
 
 def blocks(repeat: int, *of: tuple[Sublayer, ...], share: bool = False) -> Segment:
     return Segment(blocks=tuple(Block(sublayers=b) for b in of), repeat=repeat, share=share)
-
-
-# ModernBERT: one block without a first norm, then periods of two local blocks and a global one ----
-
-
-def modernbert(window: int = 2, periods: int = 2) -> TransformerConfig:
-    rule = Norm(eps=1e-5, bias=False)
-    mlp = FeedForward(width=WIDTH, activation="gelu", gated=True, bias=False)
-
-    def block(theta: float, window: int | None, before: Norm | None) -> tuple[Sublayer, ...]:
-        attention = Attention(
-            heads=HEADS,
-            head_dim=HEAD_DIM,
-            bias=False,
-            out_bias=False,
-            rotary=Rotary(theta=theta),
-            window=window,
-        )
-        return Sublayer(f=attention, before=before), Sublayer(f=mlp, before=rule)
-
-    near, far = block(10_000.0, window, rule), block(160_000.0, None, rule)
-    return TransformerConfig(
-        hidden=HIDDEN,
-        embedding=Embedding(vocab=VOCAB, width=HIDDEN, norm=rule),
-        segments=(blocks(1, block(160_000.0, None, None)), blocks(periods, near, near, far)),
-        final_norm=rule,
-    )
-
-
-MODERNBERT = (
-    Rule("embeddings.tok_embeddings.weight", "embedding/token"),
-    *norm("embeddings.norm", "embedding/norm"),
-    *norm("layers.{}.attn_norm", "{}/self_attention/norm_before"),
-    *linear(
-        "layers.{}.attn.Wqkv", tuple(f"{{}}/self_attention/{x}" for x in ("query", "key", "value"))
-    ),
-    *linear("layers.{}.attn.Wo", "{}/self_attention/out", inputs=2),
-    *norm("layers.{}.mlp_norm", "{}/mlp/norm_before"),
-    *linear("layers.{}.mlp.Wi", ("{}/mlp/gate", "{}/mlp/up")),
-    *linear("layers.{}.mlp.Wo", "{}/mlp/down"),
-    *norm("final_norm", "final_norm"),
-)
-
-
-# T5: bucketed relative positions, no biases, no scaling -------------------------------------------
-
-
-def t5(
-    role: str, *, gated: bool, layers: int = 2, encoder_hidden: int | None = None
-) -> TransformerConfig:
-    rule, decoder = Norm(kind="rms", eps=1e-6), role == "decoder"
-    own = Attention(
-        heads=HEADS, head_dim=6, bias=False, out_bias=False, scale=1.0, bucket_bias=True
-    )
-    cross = replace(own, source="encoder", bucket_bias=False)
-    activation = "gelu_new" if gated else "relu"
-    mlp = FeedForward(width=WIDTH, activation=activation, gated=gated, bias=False)
-    parts = (own, cross, mlp) if decoder else (own, mlp)
-    head = Head(tied=False) if gated else Head(scale=HIDDEN**-0.5)
-    return TransformerConfig(
-        hidden=HIDDEN,
-        causal=decoder,
-        embedding=Embedding(vocab=VOCAB, width=HIDDEN),
-        encoder_hidden=encoder_hidden,
-        bucket_bias=BucketBias(buckets=8, max_distance=12, bidirectional=not decoder),
-        segments=(blocks(layers, tuple(Sublayer(f=f, before=rule) for f in parts)),),
-        final_norm=rule,
-        head=head if decoder else None,
-    )
-
-
-def t5_rules(role: str, gated: bool) -> tuple[Rule, ...]:
-    def attention(tensor: str, leaf: str, letters: str = "qkvo") -> tuple[Rule, ...]:
-        names = zip(letters, ("query", "key", "value", "out"), strict=True)
-        return tuple(
-            rule
-            for letter, name in names
-            for rule in linear(f"{tensor}.{letter}", f"{leaf}/{name}", inputs=1 + (name == "out"))
-        )
-
-    block, last = "block.{}.layer.", 2 if role == "decoder" else 1
-    mlp = f"{block}{last}.DenseReluDense"
-    up = "wi_1" if gated else "wi"
-    return (
-        Rule("embed_tokens.weight", "embedding/token"),
-        Rule(block.format(0) + "0.SelfAttention.relative_attention_bias.weight", "bucket_bias"),
-        *attention(f"{block}0.SelfAttention", "{}/self_attention"),
-        *norm(f"{block}0.layer_norm", "{}/self_attention/norm_before"),
-        *attention(f"{block}1.EncDecAttention", "{}/cross_attention"),
-        *norm(f"{block}1.layer_norm", "{}/cross_attention/norm_before"),
-        *linear(f"{mlp}.{up}", "{}/mlp/up"),
-        *linear(f"{mlp}.wi_0", "{}/mlp/gate"),
-        *linear(f"{mlp}.wo", "{}/mlp/down"),
-        *norm(f"{block}{last}.layer_norm", "{}/mlp/norm_before"),
-        *norm("final_layer_norm", "final_norm"),
-    )
-
-
-def t5_part(
-    encoder: TransformerConfig, decoder: TransformerConfig | None = None, *, gated: bool
-) -> Part:
-    """The encoder or both halves, around an embedding that they share."""
-    trunks = {"encoder": encoder} | ({"decoder": decoder} if decoder else {})
-    token = ("embedding", "token")
-    return Part(
-        rules=(
-            Rule("shared.weight", "encoder/embedding/token"),
-            *(r.prefixed(f"{role}.", role) for role in trunks for r in t5_rules(role, gated)),
-            # Tied, the head is the embedding under a third name.
-            Rule("lm_head.weight", "decoder/head/kernel"),
-        ),
-        trunks=trunks,
-        aliases={("decoder", *token): ("encoder", *token)} if decoder else {},
-        ignored=(("lm_head.weight", "tied"),),
-    )
 
 
 # Llama, Qwen3, Gemma 2: grouped queries, rotary positions, RMS norms, gated feed-forward ----------
@@ -245,84 +128,6 @@ GEMMA2 = (
     *norm("model.layers.{}.post_attention_layernorm", "{}/self_attention/norm_branch"),
     *norm("model.layers.{}.pre_feedforward_layernorm", "{}/mlp/norm_before"),
     *norm("model.layers.{}.post_feedforward_layernorm", "{}/mlp/norm_branch"),
-)
-
-
-# ALBERT and ELECTRA: embeddings narrower than the trunk, ALBERT's layers shared -------------------
-
-
-def factorised(
-    *segments: tuple[int, int], share: bool, activation: str, embedding: int = 8
-) -> TransformerConfig:
-    """BERT behind narrow embeddings; `segments` are (blocks in a period, repeat)."""
-    rule = Norm(eps=1e-12)
-    block = (
-        Sublayer(f=Attention(heads=HEADS, head_dim=HEAD_DIM), after=rule),
-        Sublayer(f=FeedForward(width=WIDTH, activation=activation), after=rule),
-    )
-    return TransformerConfig(
-        hidden=HIDDEN,
-        embedding=Embedding(
-            vocab=VOCAB,
-            width=embedding,
-            types=2,
-            position=Learned(length=40),
-            norm=rule,
-            project=True,
-        ),
-        segments=tuple(blocks(n, *[block] * size, share=share) for size, n in segments),
-    )
-
-
-_BERT_EMBEDDINGS = (
-    Rule("embeddings.word_embeddings.weight", "embedding/token"),
-    Rule("embeddings.position_embeddings.weight", "embedding/position"),
-    Rule("embeddings.token_type_embeddings.weight", "embedding/type"),
-    *norm("embeddings.LayerNorm", "embedding/norm"),
-)
-
-
-def albert_rules(trunk: TransformerConfig) -> tuple[Rule, ...]:
-    """A segment is a group of shared layers, a block one of the group's inner layers."""
-
-    def block(tensor: str, leaf: str) -> tuple[Rule, ...]:
-        return (
-            *linear(f"{tensor}.attention.query", f"{leaf}/self_attention/query"),
-            *linear(f"{tensor}.attention.key", f"{leaf}/self_attention/key"),
-            *linear(f"{tensor}.attention.value", f"{leaf}/self_attention/value"),
-            *linear(f"{tensor}.attention.dense", f"{leaf}/self_attention/out", inputs=2),
-            *norm(f"{tensor}.attention.LayerNorm", f"{leaf}/self_attention/norm_after"),
-            *linear(f"{tensor}.ffn", f"{leaf}/mlp/up"),
-            *linear(f"{tensor}.ffn_output", f"{leaf}/mlp/down"),
-            *norm(f"{tensor}.full_layer_layer_norm", f"{leaf}/mlp/norm_after"),
-        )
-
-    groups = (
-        block(f"encoder.albert_layer_groups.{i}.albert_layers.{j}", f"segment_{i}/block_{j}")
-        for i, segment in enumerate(trunk.segments)
-        for j in range(len(segment.blocks))
-    )
-    project = linear("encoder.embedding_hidden_mapping_in", "embedding/project")
-    return (*_BERT_EMBEDDINGS, *project, *(rule for group in groups for rule in group))
-
-
-def _electra_layer(layer: str = "encoder.layer.{}") -> tuple[Rule, ...]:
-    return (
-        *linear(f"{layer}.attention.self.query", "{}/self_attention/query"),
-        *linear(f"{layer}.attention.self.key", "{}/self_attention/key"),
-        *linear(f"{layer}.attention.self.value", "{}/self_attention/value"),
-        *linear(f"{layer}.attention.output.dense", "{}/self_attention/out", inputs=2),
-        *norm(f"{layer}.attention.output.LayerNorm", "{}/self_attention/norm_after"),
-        *linear(f"{layer}.intermediate.dense", "{}/mlp/up"),
-        *linear(f"{layer}.output.dense", "{}/mlp/down"),
-        *norm(f"{layer}.output.LayerNorm", "{}/mlp/norm_after"),
-    )
-
-
-ELECTRA = (
-    *_BERT_EMBEDDINGS,
-    *linear("embeddings_project", "embedding/project"),
-    *_electra_layer(),
 )
 
 
