@@ -14,9 +14,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from jax_encdec.convert.tensor_source import is_count
+import numpy as np
+
+from jax_encdec.convert.tensor_source import is_count, short
 from jax_encdec.convert.torch_names import (
     Global,
     Opaque,
@@ -29,14 +31,27 @@ from jax_encdec.convert.torch_names import (
 )
 from jax_encdec.errors import CheckpointError
 
-MAX_BYTES = 1 << 26
+MAX_BYTES = 1 << 25
 """Largest pickle: it names and describes tensors, some 200 bytes each, and holds no numbers."""
-MAX_OPCODES = 4_000_000
-"""About 35 are used for a tensor. Bounds stack, memo and everything built, a few hundred MB."""
+MAX_OPCODES = 1_500_000
+"""About 35 are used for a tensor. Bounds the time, about a second, and with it stack, memo and
+everything built, a few hundred MB."""
+MAX_CALLS = 100_000
+"""Two or three are used for a tensor; they take longer than other opcodes."""
 MAX_MARKS = 100
 """Depth of open brackets; a state dict needs five."""
 _MAX_NAME = 200
 """Characters of a global's module or name."""
+_FIRST_READ = 1 << 16
+
+
+class View(NamedTuple):
+    """What the files before PyTorch 1.6 say of a storage: a whole one, or a part of another."""
+
+    dtype: np.dtype | None  # None: untyped bytes
+    numel: int
+    root: str | None = None
+    offset: int = 0
 
 
 def unpickle(data: bytes, where: str, start: int = 0) -> tuple[Any, int]:
@@ -57,8 +72,51 @@ def unpickle(data: bytes, where: str, start: int = 0) -> tuple[Any, int]:
             f"{where} has a pickle of {len(data) - start} bytes; at most {MAX_BYTES} are read"
         )
     machine = _Machine(data, start)
+    return _run(machine, where), machine.position
+
+
+class PickleStream:
+    """Pickles that follow each other from the start of a file, read no further than they go.
+
+    Args:
+        read: (offset, most bytes) -> bytes, fewer only at the end of the file.
+        where: the file's name, for error messages.
+
+    Attributes:
+        position: of the first byte after the pickles read so far.
+        views: as `_Machine.views`, of all pickles.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], where: str) -> None:
+        self._read, self._where = read, where
+        self._data = bytearray()
+        self._steps = 0
+        self.position = 0
+        self.views: dict[str, View] = {}
+
+    def next(self) -> Any:
+        """Interpret the next pickle; bytes and steps are bounded over all of them.
+
+        Raises:
+            CheckpointError: as `unpickle`.
+        """
+        machine = _Machine(self._data, self.position, self._more, self.views, self._steps)
+        value = _run(machine, self._where)
+        self.position, self._steps = machine.position, machine.steps
+        return value
+
+    def _more(self, end: int) -> None:
+        """Have at least `end` bytes at hand, if the file has them."""
+        if end > MAX_BYTES:
+            raise Refused(f"has pickles of more than {MAX_BYTES} bytes")
+        have = len(self._data)
+        # Twice as much each time: few reads, and little beyond the pickles.
+        self._data += self._read(have, min(max(end, 2 * have, _FIRST_READ), MAX_BYTES) - have)
+
+
+def _run(machine: _Machine, where: str) -> Any:
     try:
-        return machine.run(), machine.position
+        return machine.run()
     except Refused as error:
         raise CheckpointError(f"{where} {error}") from None
 
@@ -78,19 +136,27 @@ def _op(code: bytes) -> Callable[[Callable[[_Machine], None]], Callable[[_Machin
 
 @dataclass
 class _Machine:
-    """Data, a position in it, a stack of open brackets (each a stack of values), and a memo."""
+    """Data, a position in it, a stack of open brackets (each a stack of values), and a memo.
 
-    data: bytes
+    `more(end)` lengthens the data, if it can. `views` collects the storages of a file before
+    PyTorch 1.6, whose persistent ids have another form; without it they are refused.
+    """
+
+    data: bytes | bytearray
     position: int
+    more: Callable[[int], None] = lambda end: None
+    views: dict[str, View] | None = None
+    steps: int = 0
 
     def run(self) -> Any:
         """Interpret up to STOP and return the top of the stack."""
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.calls = 0
         for _ in range(MAX_OPCODES):
             if self.position >= len(self.data):
-                raise Refused("has a pickle that ends too early")
+                self.need(self.position + 1)
             code = self.data[self.position]
             self.position += 1
             if code == 0x2E:  # STOP
@@ -108,10 +174,23 @@ class _Machine:
         """The next bytes."""
         end = self.position + count
         if end > len(self.data):
-            raise Refused("has a pickle that ends too early")
-        taken = self.data[self.position : end]
+            self.need(end)
+        taken = bytes(self.data[self.position : end])
         self.position = end
         return taken
+
+    def need(self, end: int) -> None:
+        """Have the data reach to `end`."""
+        self.more(end)
+        if end > len(self.data):
+            raise Refused("has a pickle that ends too early")
+
+    def byte(self) -> int:
+        """The next byte, as a number."""
+        if self.position >= len(self.data):
+            raise Refused("has a pickle that ends too early")
+        self.position += 1
+        return self.data[self.position - 1]
 
     def number(self, layout: str) -> Any:
         """The next bytes as a number, in `struct`'s notation."""
@@ -119,6 +198,8 @@ class _Machine:
 
     def line(self) -> str:
         """Text up to a line break, as GLOBAL has it."""
+        if self.position + _MAX_NAME >= len(self.data):
+            self.more(self.position + _MAX_NAME + 1)
         end = self.data.find(b"\n", self.position, self.position + _MAX_NAME + 1)
         if end < 0:
             raise Refused("has a name without an end")
@@ -191,15 +272,16 @@ class _Machine:
 
 @_op(b"\x80")
 def _proto(m: _Machine) -> None:
-    version = m.number("B")
+    version = m.byte()
     if not 2 <= version <= 5:
         raise Refused(f"has a pickle of protocol {version}; expected 2 to 5")
 
 
 @_op(b"\x95")
 def _frame(m: _Machine) -> None:
-    if m.number("<Q") > len(m.data) - m.position:
-        raise Refused("has a pickle that ends too early")
+    size = m.number("<Q")
+    if size > len(m.data) - m.position:
+        m.need(m.position + size)
 
 
 @_op(b"(")
@@ -222,10 +304,10 @@ def _pop_mark(m: _Machine) -> None:
 
 # The memo
 
-_op(b"q")(lambda m: m.remember(m.number("B")))
+_op(b"q")(lambda m: m.remember(m.byte()))
 _op(b"r")(lambda m: m.remember(m.number("<I")))
 _op(b"\x94")(lambda m: m.remember(len(m.memo)))
-_op(b"h")(lambda m: m.recall(m.number("B")))
+_op(b"h")(lambda m: m.recall(m.byte()))
 _op(b"j")(lambda m: m.recall(m.number("<I")))
 
 # Atoms
@@ -234,20 +316,21 @@ _op(b"N")(lambda m: m.push(None))
 _op(b"\x88")(lambda m: m.push(True))
 _op(b"\x89")(lambda m: m.push(False))
 _op(b"J")(lambda m: m.push(m.number("<i")))
-_op(b"K")(lambda m: m.push(m.number("B")))
+_op(b"K")(lambda m: m.push(m.byte()))
 _op(b"M")(lambda m: m.push(m.number("<H")))
-_op(b"\x8a")(lambda m: m.push(int.from_bytes(m.take(m.number("B")), "little", signed=True)))
+_op(b"\x8a")(lambda m: m.push(int.from_bytes(m.take(m.byte()), "little", signed=True)))
 _op(b"G")(lambda m: m.push(m.number(">d")))
 _op(b"X")(lambda m: m.push(m.text(m.number("<I"))))
-_op(b"\x8c")(lambda m: m.push(m.text(m.number("B"))))
+_op(b"\x8c")(lambda m: m.push(m.text(m.byte())))
 _op(b"\x8d")(lambda m: m.push(m.text(m.number("<Q"))))
-_op(b"U")(lambda m: m.push(m.text(m.number("B"))))  # Python 2's str
+_op(b"U")(lambda m: m.push(m.text(m.byte())))  # Python 2's str
 _op(b"B")(lambda m: m.push(m.take(m.number("<I"))))
-_op(b"C")(lambda m: m.push(m.take(m.number("B"))))
+_op(b"C")(lambda m: m.push(m.take(m.byte())))
 _op(b"\x8e")(lambda m: m.push(m.take(m.number("<Q"))))
 
 # Containers
 
+_SET, _FROZENSET, _BYTEARRAY = map(Opaque, ("set", "frozenset", "bytearray"))
 _op(b")")(lambda m: m.push(()))
 _op(b"\x85")(lambda m: m.push(tuple(m.last(1))))
 _op(b"\x86")(lambda m: m.push(tuple(m.last(2))))
@@ -256,7 +339,7 @@ _op(b"t")(lambda m: m.push(tuple(m.bracket())))
 _op(b"]")(lambda m: m.push([]))
 _op(b"l")(lambda m: m.push(m.bracket()))
 _op(b"}")(lambda m: m.push({}))
-_op(b"\x8f")(lambda m: m.push(Opaque("set")))
+_op(b"\x8f")(lambda m: m.push(_SET))
 _op(b"s")(lambda m: m.fill(m.last(2)))
 _op(b"u")(lambda m: m.fill(m.bracket()))
 
@@ -264,7 +347,7 @@ _op(b"u")(lambda m: m.fill(m.bracket()))
 @_op(b"\x96")
 def _bytearray(m: _Machine) -> None:
     m.take(m.number("<Q"))
-    m.push(Opaque("bytearray"))
+    m.push(_BYTEARRAY)
 
 
 @_op(b"a")
@@ -288,7 +371,7 @@ def _additems(m: _Machine) -> None:
 @_op(b"\x91")
 def _frozenset(m: _Machine) -> None:
     m.bracket()
-    m.push(Opaque("frozenset"))
+    m.push(_FROZENSET)
 
 
 # Where a pickle could do harm
@@ -313,6 +396,9 @@ def _reduce(m: _Machine) -> None:
     function, args = m.last(2)
     if not isinstance(function, Global) or function.kind != "call":
         raise Refused(f"calls {said(function)}, which is nothing to call")
+    m.calls += 1
+    if m.calls > MAX_CALLS:
+        raise Refused(f"has a pickle of more than {MAX_CALLS} calls")
     m.push(called(function, args))
 
 
@@ -326,10 +412,33 @@ def _build(m: _Machine) -> None:
 @_op(b"Q")
 def _persistent(m: _Machine) -> None:
     """`("storage", class, key, location, numel)`: the only persistent id of torch.save."""
-    match m.pop():
-        case ("storage", Global(kind="storage") as kind, str(key), str(), int(numel)) if is_count(
-            numel
+    value = m.pop()
+    match value if type(value) is tuple else None:
+        case ("storage", Global(kind="storage") as kind, str(key), str(), int(numel)) if (
+            is_count(numel) and m.views is None
         ):
             m.push(Storage(key, kind.dtype, numel))
-        case other:
-            raise Refused(f"has a malformed storage, {said(other)}")
+        case ("storage", Global(kind="storage") as kind, str(key), str(), int(numel), part) if (
+            is_count(numel) and m.views is not None
+        ):
+            m.push(_viewed(m.views, key, View(kind.dtype, numel), part))
+        case _:
+            raise Refused(f"has a malformed storage, {said(value)}")
+
+
+def _viewed(views: dict[str, View], key: str, whole: View, part: Any) -> Storage:
+    """Note a whole storage, and the part of it that is meant: `None` or `(key, offset, numel)`."""
+    found = [(key, whole)]
+    if part is not None:
+        match part:
+            case (str(name), int(offset), int(numel)) if is_count(offset) and is_count(numel):
+                found.append((name, View(whole.dtype, numel, key, offset)))
+            case other:
+                raise Refused(f"has a malformed view of a storage, {said(other)}")
+        if offset + numel > whole.numel:
+            raise Refused(f"has a view of a storage that reaches beyond it ({short(name)})")
+    for name, view in found:
+        if views.setdefault(name, view) != view:
+            raise Refused(f"describes storage {short(name)} in two ways")
+    name, view = found[-1]
+    return Storage(name, view.dtype, view.numel)

@@ -2,19 +2,14 @@
 
 A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets)
 padded with spaces, and the tensors' bytes without gaps. The reader checks the whole header before
-any number is read. The writer computes the header from `TensorInfo`s alone, then fetches, checks
-and writes one tensor at a time; its bytes are those of the official library.
+any number is read. The writer computes the header from `TensorInfo`s alone, and streams the tensors
+(weight_writer); its bytes are those of the official library.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +21,19 @@ from jax_encdec.convert.tensor_source import (
     TensorInfo,
     TensorSource,
     as_tensor,
+    check_tensors,
     is_count,
-    reason,
     shape_problem,
     short,
     strict_json,
 )
+from jax_encdec.convert.weight_writer import Entry, Layout, Sink, write_weights
 from jax_encdec.errors import CheckpointError, InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_MAX_HEADER = 100_000_000
-"""Bytes of header that the specification allows."""
+_MAX_HEADER = 25_000_000
+"""Bytes of header, 800 for each of the most tensors; the specification allows four times that."""
 
 # In the order in which a file holds them.
 _DTYPES: dict[str, np.dtype] = {
@@ -69,6 +64,11 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 # Reading -----------------------------------------------------------------------------------------
 
 
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins so (9 bytes) may be a safetensors file."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER
+
+
 class SafetensorsFile(TensorSource):
     """One safetensors file."""
 
@@ -78,11 +78,12 @@ class SafetensorsFile(TensorSource):
         length = int.from_bytes(file.read(0, 8), "little")
         if length > _MAX_HEADER:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file: it claims a header of {length} bytes; "
-                f"at most {_MAX_HEADER} are allowed"
+                f"{self.path} is not a safetensors file, or has a header of more than "
+                f"{_MAX_HEADER} bytes"
             )
         self._start = 8 + length
         header = strict_json(file.read(8, length), f"the header of {self.path}")
+        check_tensors(len(header), str(self.path))
         self.metadata = _metadata(header.pop("__metadata__", {}), self.path)
         self._tensors = {name: _entry(name, value, self.path) for name, value in header.items()}
         end = 0
@@ -170,8 +171,6 @@ def _encodes(text: str) -> bool:
 
 # Writing -----------------------------------------------------------------------------------------
 
-Entry = tuple[str, TensorInfo, Callable[[], np.ndarray]]
-
 
 def write_safetensors(
     folder: str | Path,
@@ -183,139 +182,38 @@ def write_safetensors(
 ) -> list[Path]:
     """Save tensors as `model.safetensors`, or as numbered shards and an index if they are large.
 
-    Nothing appears under its final name before everything is written; after an exception until
-    then the folder is as it was. Should the renaming itself fail half-way, the folder is refused by
-    `open_tensors`, and never read as a mixture of two saves. Weights of an
-    earlier save that the new one replaces (its shards and index, or its single file) are removed
-    at the end.
-
     Args:
-        folder: made if absent.
-        entries: (name, info, fetch); `fetch()` returns the array of that info and is called once,
-            each array being dropped before the next is fetched. Shards are filled in this order;
-            within a file, tensors lie and are fetched by dtype and name.
-        max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
         metadata: the files' free text; {"format": "pt"} is what PyTorch Transformers looks for.
-        progress: called with a tensor's name when it is written.
+        folder, entries, max_shard_bytes, progress: as in `write_weights`. Within a file, tensors
+            lie and are fetched by dtype and name.
 
     Returns:
         The weight files, and after shards their index.
 
     Raises:
-        InputError: a name occurs twice, safetensors has no such dtype, or a fetched array is not
-            as announced.
-        CheckpointError: the folder cannot be written.
+        InputError, CheckpointError: as `write_weights`.
     """
-    folder = Path(folder)
-    if not is_count(max_shard_bytes) or not max_shard_bytes:
-        raise InputError(f"max_shard_bytes must be a positive integer; got {max_shard_bytes!r}")
-    entries = list(entries)
-    _check(entries, metadata)
-    shards = _split(entries, max_shard_bytes)
-    single = len(shards) == 1
-    names = [
-        SINGLE if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        for i in range(1, len(shards) + 1)
-    ]
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    complete: dict[str, Path] = {}
-    with ExitStack() as cleanup:
-        for name, shard in zip(names, shards, strict=True):
-            complete[name] = _temporary(folder, name, cleanup)
-            _write_file(complete[name], shard, metadata, progress)
-        if not single:
-            complete[INDEX] = _temporary(folder, INDEX, cleanup)
-            with _writing(folder):
-                complete[INDEX].write_bytes(_index(names, shards))
-        with _writing(folder):
-            _publish(folder, complete)
-    return [folder / name for name in complete]
-
-
-def _publish(folder: Path, complete: Mapping[str, Path]) -> None:
-    """Give complete files their names, and remove weights of an earlier save."""
-    if INDEX in complete:
-        # Should the renaming be cut off half-way, no old index may name new shards.
-        (folder / INDEX).unlink(missing_ok=True)
-    for name, temporary in complete.items():
-        os.replace(temporary, folder / name)
-    for file in folder.iterdir():
-        ours = file.name in (SINGLE, INDEX) or _SHARD.fullmatch(file.name)
-        if ours and file.name not in complete:
-            file.unlink()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """For the file system's errors only: what `fetch` raises is the caller's."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {reason(error)}") from None
-
-
-def _check(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> None:
-    seen: set[str] = set()
-    for name, info, _ in entries:
-        if name in seen:
-            raise InputError(f"two tensors are called {short(name)}; names must differ")
-        seen.add(name)
-        if name == "__metadata__" or not _encodes(name):
-            raise InputError(f"a safetensors file cannot hold a tensor called {short(name)}")
-        if info.dtype not in _NAMES:
-            raise InputError(
-                f"tensor {short(name)} has dtype {info.dtype}, which safetensors files cannot hold"
-            )
     for key, value in (metadata or {}).items():
         if not (isinstance(key, str) and isinstance(value, str) and _encodes(key + value)):
             raise InputError(f"metadata must be text; got {short(key)}: {short(value)}")
 
+    def write(sink: Sink, entries: Sequence[Entry]) -> None:
+        _write_file(sink, entries, metadata)
 
-def _split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Fill files in order, a file being closed by the first tensor that does not fit.
-
-    As Transformers does it, a tensor above the limit does not close the file being filled.
-    """
-    shards: list[list[Entry]] = []
-    current: list[Entry] = []
-    filled = 0
-    for entry in entries:
-        size = entry[1].nbytes
-        if size > limit:
-            shards.append([entry])
-            continue
-        if filled + size > limit:
-            shards.append(current)
-            current, filled = [], 0
-        current.append(entry)
-        filled += size
-    return [*shards, current] if current or not shards else shards
+    layout = Layout(
+        kind="a safetensors file",
+        single=SINGLE,
+        index=INDEX,
+        dtypes=frozenset(_NAMES),
+        allows=lambda name: name != "__metadata__",
+        write=write,
+    )
+    return write_weights(
+        folder, entries, layout, max_shard_bytes=max_shard_bytes, progress=progress
+    )
 
 
-def _index(names: Sequence[str], shards: Sequence[Sequence[Entry]]) -> bytes:
-    index = {
-        "metadata": {"total_size": sum(info.nbytes for s in shards for _, info, _ in s)},
-        "weight_map": {
-            name: file for file, s in zip(names, shards, strict=True) for name, _, _ in s
-        },
-    }
-    text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False)
-    return f"{text}\n".encode()
-
-
-def _temporary(folder: Path, name: str, cleanup: ExitStack) -> Path:
-    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    cleanup.callback(path.unlink, missing_ok=True)
-    return path
-
-
-def _write_file(
-    path: Path,
-    entries: Sequence[Entry],
-    metadata: Mapping[str, str] | None,
-    progress: Callable[[str], None] | None,
-) -> None:
+def _write_file(sink: Sink, entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> None:
     ordered = sorted(entries, key=lambda entry: (_RANK[entry[1].dtype], entry[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -329,33 +227,6 @@ def _write_file(
         end += info.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with ExitStack() as stack:
-        with _writing(path.parent):
-            # Unbuffered, so that closing has nothing left to write, and to fail at.
-            file = stack.enter_context(open(path, "xb", buffering=0))
-            _write(file, memoryview(len(text).to_bytes(8, "little") + text))
-        for name, info, fetch in ordered:
-            data = _fetched(name, info, fetch)
-            with _writing(path.parent):
-                _write(file, data.data)
-            del data  # before the next is fetched
-            if progress is not None:
-                progress(name)
-        with _writing(path.parent):
-            os.fsync(file.fileno())
-
-
-def _write(file: FileIO, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def _fetched(name: str, info: TensorInfo, fetch: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array's bytes, uint8 `[nbytes]`."""
-    array = np.asarray(fetch())
-    if array.dtype != info.dtype or array.shape != tuple(info.shape):
-        raise InputError(
-            f"tensor {short(name)} was announced as {info.dtype} {tuple(info.shape)}; "
-            f"got {array.dtype} {array.shape}"
-        )
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    for entry in ordered:
+        sink.write_tensor(entry)

@@ -24,6 +24,11 @@ from jax_encdec.errors import CheckpointError, nearest
 
 MAX_DIMS = 64
 """Dimensions that a NumPy array can have."""
+MAX_TENSORS = 30_000
+"""Tensors in a file: several times the most that are published. All limits are here so that
+no file takes long, or much memory, to be refused."""
+_MAX_VALUES = 500_000
+"""Values in a JSON text, about; a tensor's entry has ten."""
 
 
 class TensorInfo(NamedTuple):
@@ -203,11 +208,14 @@ def shape_problem(shape: tuple[int, ...], dtype: np.dtype) -> str | None:
 
 
 def strict_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object, refusing duplicate keys and text that is not UTF-8.
+    """Parse a JSON object, refusing duplicate keys, text that is not UTF-8 and endless lists.
 
     Raises:
         CheckpointError: `data` is anything else.
     """
+    # Every value follows one of these; they may stand inside text as well, but hardly so often.
+    if sum(map(data.count, (b",", b"{", b"["))) > _MAX_VALUES:
+        raise CheckpointError(f"{where} holds more than {_MAX_VALUES} values")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -227,6 +235,16 @@ def strict_json(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value
+
+
+def check_tensors(count: int, where: str) -> None:
+    """Refuse a file of more tensors than models have.
+
+    Raises:
+        CheckpointError: there are more than `MAX_TENSORS`.
+    """
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{where} names {count} tensors; at most {MAX_TENSORS} are read")
 
 
 def is_count(value: object) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_encdec.convert.tensor_source import is_count, short
+from jax_encdec.convert.tensor_source import MAX_DIMS, is_count, short
 
 
 class Refused(Exception):
@@ -58,6 +58,8 @@ class Tensor:
 class OrderedDict(dict):
     """What `collections.OrderedDict` becomes: the one kind of value that BUILD may follow."""
 
+    __slots__ = ()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
@@ -78,7 +80,7 @@ def _known(kind: str, module: str, dtypes: dict[str, Any]) -> dict[tuple[str, st
     }
 
 
-_STORAGES: dict[str, Any] = {
+STORAGES: dict[str, Any] = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -118,7 +120,7 @@ _TORCH_DTYPES: dict[str, Any] = {
     "complex32": None,
 }
 _GLOBALS: dict[tuple[str, str], Global] = {
-    **_known("storage", "torch", _STORAGES),
+    **_known("storage", "torch", STORAGES),
     **_known("storage", "torch.storage", {"UntypedStorage": None}),
     **_known("dtype", "torch", _TORCH_DTYPES),
     **_known("constant", "torch", {"Tensor": None}),
@@ -141,7 +143,12 @@ def _ordered_dict(*args: Any) -> OrderedDict:
 
 
 def _counts(value: Any) -> bool:
-    return type(value) is tuple and all(map(is_count, value))
+    # A long tuple, recalled from the memo for call after call, would be walked each time.
+    if type(value) is not tuple:
+        return False
+    if len(value) > MAX_DIMS:
+        raise Refused(f"has a tensor of {len(value)} dimensions; at most {MAX_DIMS} are supported")
+    return all(map(is_count, value))
 
 
 def _tensor(*args: Any) -> Tensor | Opaque:
@@ -168,7 +175,7 @@ def _view(args: tuple[Any, ...], dtype: np.dtype | None, metadata: Any) -> Tenso
         raise Refused("has a tensor whose offset, shape or strides are not integers from zero up")
     if len(shape) != len(strides):
         raise Refused(f"has a tensor with {len(shape)} dimensions and {len(strides)} strides")
-    if isinstance(metadata, dict) and any(metadata.values()):
+    if isinstance(metadata, dict) and (len(metadata) > 2 or any(metadata.values())):
         # Set on views that PyTorch negates or conjugates when they are next used.
         return Opaque("tensor", "is a view with a pending negation or conjugation")
     return Tensor(storage, dtype, offset, shape, strides)

@@ -18,10 +18,12 @@ import numpy as np
 
 from jax_encdec.convert.pickle_reader import MAX_BYTES, unpickle
 from jax_encdec.convert.tensor_source import (
+    MAX_TENSORS,
     BinaryFile,
     TensorInfo,
     TensorSource,
     as_tensor,
+    check_tensors,
     names_of,
     shape_problem,
     short,
@@ -29,8 +31,8 @@ from jax_encdec.convert.tensor_source import (
 from jax_encdec.convert.torch_names import Global, Opaque, Tensor
 from jax_encdec.errors import CheckpointError
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""First bytes of what `torch.save` wrote before 1.6."""
+_MAX_DIRECTORY = 2_500_000
+"""Bytes of a zip archive's directory, about 64 for an entry."""
 MAX_EXPANDED = 1 << 26
 """Bytes of a tensor larger than its storage (`expand`) that are always granted; a file may
 moreover ask for as many as it has itself. More is taken for an attack."""
@@ -55,6 +57,7 @@ class TorchTensors(TensorSource):
         self._file = file
         self._storages = storages
         state, self._ignored = _state_dict(root, str(self.path))
+        check_tensors(len(state), str(self.path))
         self._tensors = {name: self._checked(name, tensor) for name, tensor in state.items()}
 
     def _checked(self, name: str, tensor: Tensor | Opaque) -> tuple[Tensor, TensorInfo]:
@@ -210,7 +213,12 @@ def open_torch_zip(file: BinaryFile) -> TorchTensors:
             f"{where} was saved with byte order {short(got.decode('latin-1'))}; "
             f"only little-endian files are supported"
         )
-    root, _ = unpickle(_content(file, places[pickles[0]], pickles[0]), where)
+    pickled = _content(file, places[pickles[0]], pickles[0])
+    root, end = unpickle(pickled, where)
+    if end != len(pickled):
+        raise CheckpointError(
+            f"{where} is damaged: its {short(pickles[0])} goes on after the pickle's end"
+        )
     prefix = f"{top}data/"
     storages = {n.removeprefix(prefix): at for n, at in places.items() if n.startswith(prefix)}
     return TorchTensors(file, root, storages)
@@ -225,12 +233,45 @@ def _content(file: BinaryFile, place: tuple[int, int], name: str) -> bytes:
     return file.read(start, size)
 
 
+class _Directory:
+    """A file as `zipfile` reads one: it asks for the end, then for the whole directory at once."""
+
+    def __init__(self, file: BinaryFile) -> None:
+        self._file, self._position = file, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (self._file.size if whence == 2 else 0)
+        if self._position < 0:
+            raise OSError("it ends too early")
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        rest = max(0, self._file.size - self._position)
+        count = rest if count < 0 else min(count, rest)
+        if count > _MAX_DIRECTORY:
+            raise CheckpointError(
+                f"{self._file.path} has a directory of {count} bytes; at most {_MAX_DIRECTORY} are "
+                f"read, enough for {MAX_TENSORS} tensors"
+            )
+        data = self._file.read(self._position, count)
+        self._position += count
+        return data
+
+
 def _entries(file: BinaryFile) -> dict[str, tuple[int, int]]:
     """Where each entry's bytes lie: name -> (start, size), checked against the file."""
     where = str(file.path)
     try:
-        with zipfile.ZipFile(file.path) as archive:
+        with zipfile.ZipFile(_Directory(file)) as archive:  # type: ignore[arg-type]
             listed, end_of_data = archive.infolist(), archive.start_dir
+    except CheckpointError:
+        raise
     except Exception as error:
         # Damage shows in many ways; zipfile does not promise which exceptions it raises.
         raise CheckpointError(
@@ -249,6 +290,8 @@ def _entries(file: BinaryFile) -> dict[str, tuple[int, int]]:
             raise CheckpointError(
                 f"{where}: its entry {short(name)} is compressed, which torch.save never does"
             )
+        if not places and offset:
+            raise CheckpointError(f"{where} is damaged: it starts with {offset} bytes of no entry")
         if offset < end or offset + 30 > end_of_data:
             raise CheckpointError(f"{where} is damaged: its entry {short(name)} overlaps others")
         # The name and extra field before the data need not be as long as in the directory.

@@ -230,8 +230,6 @@ def test_what_a_checkpoint_cannot_hold_is_named(tmp_path):
     assert "'a', 'b'" in refused(path)
     torch.save([torch.ones(2)], path)
     assert "a list" in refused(path)
-    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    assert "before 1.6" in refused(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
@@ -657,9 +655,9 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path):
     message = refused(tmp_path)
     assert "looked for model.safetensors, " in message
     assert "it has config.json" in message
-    (tmp_path / "flax_model.msgpack").write_bytes(b"\x81")
-    assert "it has flax_model.msgpack, and this version does not read Flax yet" in refused(tmp_path)
-    assert "Flax" in refused(tmp_path / "flax_model.msgpack")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "it has model.gguf, and this version does not read GGUF yet" in refused(tmp_path)
+    assert "GGUF" in refused(tmp_path / "model.gguf")
     safetensors_file(tmp_path / "model-00001-of-00002.safetensors", "a")
     assert "no model.safetensors.index.json" in refused(tmp_path)
     assert "does not exist" in refused(tmp_path / "absent")
@@ -671,7 +669,8 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(50), "TensorFlow"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(50), "damaged"),
+        (bytes(257) + b"ustar", "tar archive"),
         (b"", "is empty"),
         (b"PK\x03\x04", "incomplete"),
     ],
@@ -864,15 +863,6 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def survives(path: Path) -> None:
-    """Everything is read as announced, or refused."""
-    with contextlib.suppress(CheckpointError), open_tensors(path) as source:
-        for name in source:
-            info, array = source.info(name), source[name]
-            assert (array.dtype, array.shape) == info
-            assert array.nbytes <= 1 << 26
-
-
 def seeds() -> dict[str, bytes]:
     """Small files of every format, the headers being most of them."""
     good = {BIN: state(tensor(), b"}", tensor(offset=b"K\x01", shape=b"K\x01\x85"))}
@@ -886,29 +876,6 @@ def seeds() -> dict[str, bytes]:
         ST: official_save(tensors, {"format": "pt"}),
         ST_INDEX: json.dumps({"weight_map": {"x": "s"}}).encode(),
     }
-
-
-def fuzz(tmp_path: Path, rounds: int, seed: int) -> None:
-    rng = random.Random(seed)
-    safetensors_file(tmp_path / "s", "x")
-    pickled = state(tensor(), b"}", tensor(offset=b"K\x01", shape=b"K\x01\x85"))
-    for name, data in seeds().items():
-        for _ in range(rounds):
-            path = tmp_path / name
-            path.write_bytes(mutated(rng, data))
-            survives(path)
-    for _ in range(rounds):
-        survives(archive(tmp_path / BIN, mutated(rng, pickled)))
-
-
-def test_damaged_files_are_refused_or_read(tmp_path):
-    fuzz(tmp_path, 300, seed=0)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_damaged_files_are_refused_or_read_at_length(tmp_path, seed):
-    fuzz(tmp_path, 3_000, seed)
 
 
 def test_what_the_official_library_refuses_is_refused(tmp_path):
