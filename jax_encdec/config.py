@@ -131,6 +131,10 @@ class Convolution:
     activation: str
     groups: int = 1
 
+    def __post_init__(self):
+        if self.width % 2 == 0:
+            raise ConfigError(f"a convolution's width must be odd; got {self.width}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
@@ -255,15 +259,21 @@ class Head:
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
     """Rates, each in [0, 1): of the embeddings, of each residual branch, of attention weights, of
-    the feed-forward activation."""
+    the feed-forward activation, of the final norm's output (T5)."""
 
     embedding: float = 0.0
     residual: float = 0.0
     attention: float = 0.0
     activation: float = 0.0
+    final: float = 0.0
+
+    @classmethod
+    def everywhere(cls, rate: float) -> Dropout:
+        """One rate for all."""
+        return cls(embedding=rate, residual=rate, attention=rate, activation=rate, final=rate)
 
     def __post_init__(self):
-        for name in ("embedding", "residual", "attention", "activation"):
+        for name in ("embedding", "residual", "attention", "activation", "final"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(
                     f"{name} dropout must be at least 0 and below 1; got {getattr(self, name)}"

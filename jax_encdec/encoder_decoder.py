@@ -34,7 +34,8 @@ from jax_encdec.embedding import logits
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig, Path
 from jax_encdec.errors import ConfigError, InputError
 from jax_encdec.layers import Params, dense, dense_params, flatten
-from jax_encdec.transformer import transformer, transformer_params
+from jax_encdec.transformer import transformer
+from jax_encdec.trunk_params import transformer_params
 
 if TYPE_CHECKING:
     import pathlib

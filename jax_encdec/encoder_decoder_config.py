@@ -218,7 +218,7 @@ class EncoderDecoderConfig:
         return {}
 
     def _sides(self) -> tuple[dict[Path, Param], dict[Path, Param]]:
-        from jax_encdec.transformer import transformer_params  # reading a config needs no JAX
+        from jax_encdec.trunk_params import transformer_params  # reading a config needs no JAX
 
         encoder, decoder = self.encoder_trunk, self.decoder_trunk
         return _leaves(transformer_params(encoder)), _leaves(transformer_params(decoder))

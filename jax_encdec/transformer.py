@@ -1,7 +1,7 @@
 """The trunk: embeddings, blocks scanned over layers, final norm; whole sequences or step by step.
 
-`transformer_params(config)` declares the parameters, `transformer(config, params, ...)` computes
-with them; both read nothing but the configuration. Axis letters as in `attention.py`.
+`transformer(config, params, ...)` computes with what `trunk_params.py` declares; both read nothing
+but the configuration. Axis letters as in `attention.py`.
 
 Layers come either stacked, as declared (`[repeat, ...]`, one `lax.scan` per segment: compile time
 does not grow with depth), or unstacked by `unstack` into a tuple per segment, which runs as
@@ -25,22 +25,16 @@ from jax_encdec.config import (
     Block,
     Convolution,
     FeedForward,
-    Kept,
     Segment,
-    Sublayer,
     TransformerConfig,
 )
-from jax_encdec.embedding import embed, embedding_params, head_params, logits
+from jax_encdec.embedding import embed, logits
 from jax_encdec.layers import (
-    Param,
     Params,
     activation,
     dense,
-    dense_params,
     dropout,
     norm,
-    norm_params,
-    stack,
 )
 
 LayerCache = Mapping[str, KV]
@@ -69,88 +63,7 @@ class TransformerOutput(NamedTuple):
     """The caches passed in, with this call's keys and values written."""
 
 
-# Declarations ------------------------------------------------------------------------------------
-
-
-def transformer_params(config: TransformerConfig) -> dict[str, Any]:
-    """Declare every parameter of a trunk, as a nested dict of `Param`."""
-    params: dict[str, Any] = {"embedding": embedding_params(config)}
-    if config.relative is not None:
-        shape = (2 * config.relative.span, config.hidden)
-        params["relative"] = {"table": Param(shape, (None, "embed"), config.init_std)}
-        if config.relative.norm is not None:
-            params["relative"]["norm"] = norm_params(config.relative.norm, config.hidden)
-    if config.bucket_bias is not None and not config.bucket_bias.per_layer:
-        heads = next(a.heads for a in config.attentions() if a.bucket_bias)
-        params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, config.init_std)
-    for i, segment in enumerate(config.segments):
-        period = {f"block_{j}": _block_params(config, b) for j, b in enumerate(segment.blocks)}
-        params[f"segment_{i}"] = period if segment.share else stack(period, segment.repeat)
-    if config.final_norm is not None:
-        params["final_norm"] = norm_params(config.final_norm, config.hidden)
-    if config.head is not None:
-        head = head_params(config)
-        if head:
-            params["head"] = head
-    if config.kept:
-        params["kept"] = {kept.name: _kept_param(config, kept) for kept in config.kept}
-    return params
-
-
-def _kept_param(config: TransformerConfig, kept: Kept) -> Param:
-    init = "sinusoidal" if kept.sinusoidal else config.init_std if len(kept.shape) > 1 else "zeros"
-    return Param(kept.shape, (None,) * len(kept.shape), init, trained=False)
-
-
-def _block_params(config: TransformerConfig, block: Block) -> dict[str, Any]:
-    return {sub.name: _sublayer_params(config, sub) for sub in block.sublayers}
-
-
-def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]:
-    std = config.init_std
-    out_std = std if config.residual_init_std is None else config.residual_init_std
-    if isinstance(sub.f, Attention):
-        source = config.encoder_hidden if sub.f.source == "encoder" else None
-        params = attn.attention_params(sub.f, config.hidden, source or config.hidden, std, out_std)
-        if sub.f.bucket_bias and config.bucket_bias is not None and config.bucket_bias.per_layer:
-            heads = sub.f.heads
-            params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, std)
-    elif isinstance(sub.f, Convolution):
-        activation(sub.f.activation)
-        shape = (sub.f.width, config.hidden // sub.f.groups, config.hidden)
-        params = {
-            "kernel": Param(shape, (None, "embed_in", "embed"), std),
-            "bias": Param((config.hidden,), ("embed",)),
-        }
-    else:
-        activation(sub.f.activation)  # an unknown name is refused where it is declared
-        embed, mlp, bias = {"embed": config.hidden}, {"mlp": sub.f.width}, sub.f.bias
-        params = {
-            "up": dense_params(embed, mlp, bias=bias, std=std),
-            "down": dense_params(mlp, embed, bias=bias, std=out_std),
-        }
-        if sub.f.gated:
-            params["gate"] = dense_params(embed, mlp, bias=bias, std=std)
-    for place in ("before", "branch", "after"):
-        if (rule := getattr(sub, place)) is not None:
-            params[f"norm_{place}"] = norm_params(rule, config.hidden)
-    return params
-
-
-def unstack(config: TransformerConfig, params: Params) -> dict[str, Any]:
-    """Turn each segment's stacked leaves into a tuple of per-repeat trees."""
-    out = dict(params)
-    for i, segment in enumerate(config.segments):
-        period = params[f"segment_{i}"]
-        out[f"segment_{i}"] = tuple(_repeat(segment, period, r) for r in range(segment.repeat))
-    return out
-
-
-def _repeat(segment: Segment, period: Any, index: int) -> Any:
-    return period if segment.share else jax.tree.map(lambda leaf: leaf[index], period)
-
-
-# Computation -------------------------------------------------------------------------------------
+# Whole sequences ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +232,7 @@ def _run(
                     first += 1
     if config.final_norm is not None:
         x = norm(config.final_norm, params["final_norm"], x)
+        x = dropout(x, config.dropout.final, call.key(1 + config.layers))
         traces[-1] = traces[-1]._replace(state=x)
     states = tuple(t.state for t in traces if t.state is not None)
     selfs = tuple(t.self_attention for t in traces if t.self_attention is not None)
@@ -478,8 +392,7 @@ def _convolve(
         x,
         params["kernel"].astype(x.dtype),
         window_strides=(1,),
-        # As published: an even width makes the result shorter, which cannot be added.
-        padding=[((config.width - 1) // 2,) * 2],
+        padding=[(config.width // 2, config.width // 2)],
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=config.groups,
     )

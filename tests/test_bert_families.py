@@ -30,8 +30,9 @@ from jax_encdec.config import Block, Dropout, Segment
 from jax_encdec.families import FAMILIES
 from jax_encdec.families import family_config as read
 from jax_encdec.layers import initialize
+from jax_encdec.transformer import transformer
+from jax_encdec.trunk_params import transformer_params
 from jax_encdec.warm_start import join
-from jax_encdec.transformer import transformer, transformer_params
 
 KIN = (
     "electra",

@@ -31,7 +31,8 @@ from jax_encdec import BertConfig, ConfigError, EncoderDecoderModel
 from jax_encdec.families import FAMILIES
 from jax_encdec.families import family_config as read
 from jax_encdec.layers import initialize
-from jax_encdec.transformer import transformer, transformer_params
+from jax_encdec.transformer import transformer
+from jax_encdec.trunk_params import transformer_params
 from jax_encdec.warm_start import join
 
 PARTNER = BertConfig(
@@ -336,6 +337,18 @@ def test_fresh_t5_has_scores_of_order_one():
 
 
 # Published alone ----------------------------------------------------------------------------------
+
+
+def test_t5_drops_what_its_last_norm_gives():
+    """So training sees states of which a share is zero, and the rest larger; as PyTorch's are."""
+    oracle = family_model("t5", "encoder", CONFIGS["t5"]("encoder", 64, True, 61, dropout_rate=0.5))
+    trunk = read(oracle.config.to_dict()).to_trunk("encoder")
+    ids = np.random.default_rng(0).integers(3, 61, (8, 40))
+    params = initialize(transformer_params(trunk), jax.random.key(0), np.float32)
+    ours = transformer(trunk, params, ids, dropout_key=jax.random.key(1)).last_hidden_state
+    theirs = oracle.train()(input_ids=as_torch(ids)).last_hidden_state.detach().numpy()
+    for states in (np.asarray(ours), theirs):
+        assert abs(np.mean(states == 0.0) - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])

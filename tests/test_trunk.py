@@ -36,9 +36,8 @@ from jax_encdec.transformer import (
     init_caches,
     logits,
     transformer,
-    transformer_params,
-    unstack,
 )
+from jax_encdec.trunk_params import transformer_params, unstack
 
 run = jax.jit(
     transformer, static_argnums=0, static_argnames=("output_hidden_states", "output_attentions")

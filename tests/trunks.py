@@ -27,7 +27,7 @@ from jax_encdec.config import (
 from jax_encdec.convert.rules import Part, Rule, linear, match, norm, tensors
 from jax_encdec.convert.tensor_source import TensorInfo
 from jax_encdec.layers import Param, tree_map
-from jax_encdec.transformer import transformer_params
+from jax_encdec.trunk_params import transformer_params
 
 VOCAB, HIDDEN, WIDTH, HEADS, HEAD_DIM = 37, 16, 24, 4, 4
 ENCODER_HIDDEN = 12

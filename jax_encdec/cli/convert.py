@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("safetensors", "bin", "msgpack", "h5"),
+        choices=("safetensors", "bin", "msgpack"),
         default="safetensors",
         help="of the written weights: for PyTorch, old PyTorch, Flax or TensorFlow "
         "(default: safetensors)",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         done = convert(
             args.src,
             args.dst,
-            **({} if args.format == "safetensors" else {"format": args.format}),
+            format=args.format,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,

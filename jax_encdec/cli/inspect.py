@@ -271,7 +271,7 @@ def _as_side(config: Any, role: Any, source: Any, where: str) -> dict[str, Any]:
     from flax.traverse_util import flatten_dict
 
     from jax_encdec.convert import rules, tables
-    from jax_encdec.transformer import transformer_params
+    from jax_encdec.trunk_params import transformer_params
 
     declared: dict[tuple[str, ...], Any] = flatten_dict(
         {role: transformer_params(config.to_trunk(role))}

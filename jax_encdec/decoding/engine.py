@@ -50,8 +50,8 @@ from jax_encdec.transformer import (
     decode_step,
     init_caches,
     transformer,
-    unstack,
 )
+from jax_encdec.trunk_params import unstack
 
 if TYPE_CHECKING:
     from jax_encdec.encoder_decoder import EncoderDecoderModel

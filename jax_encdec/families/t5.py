@@ -32,7 +32,7 @@ class T5Config(FamilyConfig):
 
     model_type: ClassVar[str] = "t5"
     whole_architecture: ClassVar[str | None] = "T5ForConditionalGeneration"
-    limits: ClassVar[str] = "no dropout after the last norm in training"
+    limits: ClassVar[str] = "random weights are drawn with one scale"
     scales_tied: ClassVar[bool] = True
     """A tied head reads states scaled by `d_model ** -0.5`."""
     per_layer: ClassVar[bool] = False
@@ -125,7 +125,6 @@ class T5Config(FamilyConfig):
         mlp = Sublayer(f=self.feed_forward, before=rule)
         layers = getattr(self, self.layers_field(role))
         scale = self.d_model**-0.5 if self.scale_decoder_outputs else 1.0
-        rate = self.dropout_rate
         return TransformerConfig(
             hidden=self.d_model,
             causal=decoder,
@@ -139,7 +138,7 @@ class T5Config(FamilyConfig):
             ),
             final_norm=rule,
             head=Head(tied=self.tie_word_embeddings, scale=scale) if decoder else None,
-            dropout=Dropout(embedding=rate, residual=rate, attention=rate, activation=rate),
+            dropout=Dropout.everywhere(self.dropout_rate),
             # Scores are not scaled: queries and keys start small enough to make them of order one.
             init_std=self.initializer_factor * self.d_model**-0.5 * self.d_kv**-0.25,
         )
