@@ -31,9 +31,9 @@ from jax_encdec.convert.torch_names import (
 )
 from jax_encdec.errors import CheckpointError
 
-MAX_BYTES = 1 << 25
+MAX_BYTES = 25_000_000
 """Largest pickle: it names and describes tensors, some 200 bytes each, and holds no numbers."""
-MAX_OPCODES = 1_500_000
+MAX_OPCODES = 1_100_000
 """About 35 are used for a tensor. Bounds the time, about a second, and with it stack, memo and
 everything built, a few hundred MB."""
 MAX_CALLS = 100_000

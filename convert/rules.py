@@ -401,10 +401,8 @@ def match(
                     missing.setdefault((path, slot.index), []).append(slot.tensor)
                 continue
             consumed.add(slot.tensor)
-            expected = tensor_shape(slot, leaves)
-            got = source.info(names[slot.tensor]).shape
-            if got != expected:
-                problems.append(f"{slot.tensor} has shape {got}, expected {expected}")
+            if problem := _misfit(slot, leaves, source.info(names[slot.tensor])):
+                problems.append(problem)
                 continue
             for path in slot.leaves:
                 slots.setdefault((path, slot.index), []).append(slot)
@@ -416,9 +414,8 @@ def match(
             continue
         consumed.add(slot.tensor)
         slots[place] = [slot]
-        expected, got = tensor_shape(slot, leaves), source.info(names[slot.tensor]).shape
-        if got != expected:
-            problems.append(f"{slot.tensor} has shape {got}, expected {expected}")
+        if problem := _misfit(slot, leaves, source.info(names[slot.tensor])):
+            problems.append(problem)
     lost = {place: tensors for place, tensors in missing.items() if place not in slots}
     fresh = tuple(dict.fromkeys(path for path, _ in lost if path in optional))
     fresh += tuple(path for path in optional if path not in bound)
@@ -454,6 +451,16 @@ def match(
         fresh=tuple("/".join(path) for path in fresh),
     )
     return Plan({place: tuple(s) for place, s in slots.items()}, names, fresh, report)
+
+
+def _misfit(slot: Slot, leaves: Mapping[Path, HasShape], info: TensorInfo) -> str | None:
+    """Why a file's tensor cannot be what the slot expects."""
+    expected = tensor_shape(slot, leaves)
+    if info.shape != expected:
+        return f"{slot.tensor} has shape {info.shape}, expected {expected}"
+    if info.dtype.kind in "biuc":
+        return f"{slot.tensor} holds {info.dtype}, expected floating point numbers"
+    return None
 
 
 def _optional(parts: Sequence[Part], leaves: Mapping[Path, Any]) -> dict[Path, None]:

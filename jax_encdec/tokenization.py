@@ -188,12 +188,14 @@ class Tokenizer:
             raise InputError(
                 f"max_length={limit} leaves no room for text: {around} special tokens are added"
             )
-        rows = [
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(
-                texts, add_special_tokens=add_special_tokens
-            )
-        ]
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            # A damaged table inside makes the library panic, which is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(f"the tokenizer is damaged and gave up: {error}") from None
+        rows = [encoding.ids for encoding in encodings]
         for index, ids in enumerate(rows):
             if len(ids) <= around and not allow_empty:
                 raise InputError(
