@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jax_encdec.config import Role
 from jax_encdec.convert.rules import Conv, Rule, linear, norm
 from jax_encdec.convert.table import BUFFER, NO_HEAD, OTHER_HEAD, Standalone, Table
@@ -22,6 +24,8 @@ def body(config: FamilyConfig, role: Role) -> tuple[Rule, ...]:
         *linear(f"{own}.value_proj", f"{leaf}/value"),
         *linear(f"{own}.pos_key_proj", f"{leaf}/position_key"),
         *linear(f"{own}.pos_query_proj", f"{leaf}/position_query"),
+        # As the TensorFlow class calls them; PyTorch's cannot read its files then.
+        *(replace(rule, fallback=True) for rule in _tensorflow_positions(own, leaf)),
         *linear(f"{layer}.attention.output.dense", f"{leaf}/out", inputs=2),
         *norm(f"{layer}.attention.output.LayerNorm", f"{leaf}/norm_after"),
         *linear(f"{layer}.intermediate.dense", "{}/mlp/up"),
@@ -33,6 +37,13 @@ def body(config: FamilyConfig, role: Role) -> tuple[Rule, ...]:
         Rule("encoder.conv.conv.weight", "{}/convolution/kernel", Conv()),
         Rule("encoder.conv.conv.bias", "{}/convolution/bias"),
         *norm("encoder.conv.LayerNorm", "{}/convolution/norm_after"),
+    )
+
+
+def _tensorflow_positions(own: str, leaf: str) -> tuple[Rule, ...]:
+    return (
+        *linear(f"{own}.pos_proj", f"{leaf}/position_key"),
+        *linear(f"{own}.pos_q_proj", f"{leaf}/position_query"),
     )
 
 
