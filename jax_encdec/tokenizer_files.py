@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from . import hub
+from . import hub, sentencepiece_model
 from .errors import CheckpointError, ConfigError
 
 # In the order in which Transformers adds the ones a vocabulary lacks.
@@ -130,10 +130,17 @@ def read_tokenizer(
     files = {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
     config = _read_json(folder / "tokenizer_config.json")
     layout, named = _find_layout(folder, config, role)
+    special = layout.special_tokens if layout else {}
+    pieces = next((name for name in SENTENCEPIECE if name in files), None)
     if "tokenizer.json" in files:
         backend = _read_tokenizer_json(folder / "tokenizer.json", files["tokenizer.json"])
+    elif pieces and named in sentencepiece_model.FAMILIES:
+        if "added_tokens_decoder" not in config:
+            config |= _read_json(folder / "special_tokens_map.json")
+        backend, special = sentencepiece_model.build(folder / pieces, files[pieces], named, config)
     else:
         layout = layout or _guess_layout(folder, files, named)
+        special = layout.special_tokens
         backend = _build(folder, layout, config)
     before = _state(backend)
 
@@ -141,7 +148,7 @@ def read_tokenizer(
         config |= _read_json(folder / "special_tokens_map.json")
     if backend.padding:
         config.setdefault("pad_token", backend.padding["pad_token"])
-    for name, token in (layout.special_tokens if layout else {}).items():
+    for name, token in special.items():
         if backend.token_to_id(token) is not None:
             config.setdefault(name, token)
     if layout is not None:
