@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jax_encdec.config import Role
-from jax_encdec.convert.rules import Row, Rule, linear, norm
+from jax_encdec.convert.layouts import Row
+from jax_encdec.convert.rules import Rule, linear, norm
 from jax_encdec.convert.table import (
     BUFFER,
     OTHER_HALF,

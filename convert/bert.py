@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jax_encdec.config import Role
-from jax_encdec.convert.rules import Linear, Rule, Vector, linear, norm
+from jax_encdec.convert.layouts import Linear, Vector
+from jax_encdec.convert.rules import Rule, linear, norm
 from jax_encdec.convert.table import BUFFER, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jax_encdec.config import Role
-from jax_encdec.convert.rules import Conv, Rule, linear, norm
+from jax_encdec.convert.layouts import Conv
+from jax_encdec.convert.rules import Rule, linear, norm
 from jax_encdec.convert.table import BUFFER, NO_HEAD, OTHER_HEAD, Standalone, Table
 from jax_encdec.families import FamilyConfig
 

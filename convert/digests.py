@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 
 from jax_encdec import hub
-from jax_encdec.convert.readers import find_weights
+from jax_encdec.convert.readers import MAX_INDEX, find_weights
 from jax_encdec.convert.tensor_source import short
 from jax_encdec.errors import CheckpointError, ConfigError
 
@@ -107,7 +107,7 @@ def _drive(name: str) -> str:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names; what else is wrong with it is for its reader to say."""
     try:
-        shards = hub.read_json(index, limit=hub.MAX_INDEX).get("weight_map")
+        shards = hub.read_json(index, limit=MAX_INDEX).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     names = set(map(str, shards.values())) if isinstance(shards, dict) else set()

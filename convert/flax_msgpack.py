@@ -10,7 +10,6 @@ rules need not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,8 +19,8 @@ import numpy as np
 from jax_encdec.convert.tensor_source import (
     MAX_DIMS,
     BinaryFile,
+    FileTensors,
     TensorInfo,
-    TensorSource,
     as_tensor,
     check_tensors,
     is_count,
@@ -95,7 +94,7 @@ class _Other:
     kind: str
 
 
-class FlaxTensors(TensorSource):
+class FlaxTensors(FileTensors):
     """The parameters of one msgpack file, named and laid out as PyTorch has them.
 
     A tree that wraps them in `params`, as training states do, is unwrapped.
@@ -136,9 +135,7 @@ class FlaxTensors(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, as PyTorch has it."""
-        if name not in self._tensors:
-            raise self._unknown(name)
-        array, kernel = self._tensors[name]
+        array, kernel = self._entry_of(name)
         if not kernel:
             return array.info
         shape = array.info.shape
@@ -158,23 +155,6 @@ class FlaxTensors(TensorSource):
         if kernel:
             tensor = tensor.transpose(torch_axes(tensor.shape)).copy(order="C")
         return tensor
-
-    def ignored(self) -> dict[str, str]:
-        """Entries that are no arrays, or beside the parameters: name -> kind."""
-        return dict(self._ignored)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
-        self._file.close()
 
 
 def _kind(node: Any) -> str:

@@ -10,7 +10,7 @@ families' rules need not know.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from jax_encdec.convert.flax_msgpack import torch_axes
 from jax_encdec.convert.hdf5 import Dataset, datasets
 from jax_encdec.convert.tensor_source import (
     BinaryFile,
+    FileTensors,
     TensorInfo,
-    TensorSource,
     as_tensor,
     check_tensors,
     short,
@@ -72,7 +72,7 @@ def shard_name(variable: str) -> str:
     return variable if "model." in variable or not rest else rest
 
 
-class KerasTensors(TensorSource):
+class KerasTensors(FileTensors):
     """The variables of one h5 file, named and laid out as PyTorch has them.
 
     Args:
@@ -105,9 +105,7 @@ class KerasTensors(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, as PyTorch has it."""
-        if name not in self._tensors:
-            raise self._unknown(name)
-        dataset, kernel = self._tensors[name][0]
+        dataset, kernel = self._entry_of(name)[0]
         assert dataset.info is not None
         dtype, shape = dataset.info
         if kernel:
@@ -130,23 +128,6 @@ class KerasTensors(TensorSource):
             return as_tensor(data, info)
         tensor = as_tensor(data, first.info)
         return tensor.transpose(torch_axes(tensor.shape)).copy(order="C")
-
-    def ignored(self) -> dict[str, str]:
-        """Datasets that are no arrays of numbers: path -> kind."""
-        return dict(self._ignored)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
-        self._file.close()
 
 
 def _variable(dataset: Dataset) -> str:

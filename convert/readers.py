@@ -52,10 +52,11 @@ FORMATS = (
 )
 """Suffix, single file and index, in the order in which a folder is searched."""
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(?:safetensors|bin|msgpack|h5)")
-_NOT_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "scheduler.bin"))
+NOT_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "scheduler.bin"))
 """What trainers leave beside a model under a weight file's suffix."""
 _UNSUPPORTED = {".ckpt": "TensorFlow 1", ".gguf": "GGUF"}
-_MAX_INDEX = 25_000_000
+MAX_INDEX = 25_000_000
+"""Bytes of an index of shards."""
 _OPEN_SHARDS = 4
 """Shards whose files are held open at a time."""
 
@@ -151,7 +152,7 @@ def find_weights(folder: Path) -> Path:
             if name in names:
                 return _existing(folder / name)
     for suffix, _, index in FORMATS:
-        lone = [n for n in names if n.endswith(f".{suffix}") and n not in _NOT_WEIGHTS]
+        lone = [n for n in names if n.endswith(f".{suffix}") and n not in NOT_WEIGHTS]
         if any(_SHARD.fullmatch(name) for name in lone):
             raise CheckpointError(
                 f"{folder} is incomplete: it has shards ({names_of(lone)}) but no {index}"
@@ -196,9 +197,9 @@ class Shards(TensorSource):
         self.path = self._index = path
         file = BinaryFile(path)
         try:
-            if file.size > _MAX_INDEX:
+            if file.size > MAX_INDEX:
                 raise CheckpointError(
-                    f"{path} has {file.size} bytes; expected an index of at most {_MAX_INDEX}"
+                    f"{path} has {file.size} bytes; expected an index of at most {MAX_INDEX}"
                 )
             index = strict_json(file.read(0, file.size), str(path))
         finally:

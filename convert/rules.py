@@ -13,7 +13,6 @@ and compares the rest; exporting writes one name per part, as PyTorch does.
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from jax_encdec.config import TransformerConfig
+from jax_encdec.convert.layouts import PLAIN, Conv1D, Linear, Plain, Shape, Vector
 from jax_encdec.convert.readers import TensorInfo, TensorSource
 from jax_encdec.errors import CheckpointError
 
 Path = tuple[str, ...]
-Shape = tuple[int, ...]
 
 
 class HasShape(Protocol):
@@ -36,95 +35,6 @@ class HasShape(Protocol):
     def shape(self) -> Shape:
         """Dimensions."""
         ...
-
-
-# Layouts -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plain:
-    """The tensor is the leaf."""
-
-    axis = 0
-    """Along which fused tensors are joined."""
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return leaf
-
-    def to_leaf(self, tensor: np.ndarray, leaf: Shape) -> np.ndarray:
-        """Published numbers as the leaf."""
-        return tensor.reshape(leaf)
-
-    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
-        """The leaf as published: the inverse of `to_leaf`."""
-        return leaf.reshape(self.shape(leaf.shape))
-
-
-@dataclass(frozen=True)
-class Vector(Plain):
-    """A bias, flat where the leaf has heads."""
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return (math.prod(leaf),)
-
-
-@dataclass(frozen=True)
-class Row(Plain):
-    """A vector published as a matrix of one row."""
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return (1, *leaf)
-
-
-@dataclass(frozen=True)
-class Conv1D(Plain):
-    """A kernel `(in, out)`, the leaf's first `inputs` axes being the input."""
-
-    inputs: int = 1
-    axis = 1
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return math.prod(leaf[: self.inputs]), math.prod(leaf[self.inputs :])
-
-
-@dataclass(frozen=True)
-class Linear(Plain):
-    """A kernel `(out, in)`, as torch.nn.Linear has it."""
-
-    inputs: int = 1
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return math.prod(leaf[self.inputs :]), math.prod(leaf[: self.inputs])
-
-    def to_leaf(self, tensor: np.ndarray, leaf: Shape) -> np.ndarray:
-        """Published numbers as the leaf."""
-        return tensor.T.reshape(leaf)
-
-    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
-        """The leaf as published: the inverse of `to_leaf`."""
-        return leaf.reshape(self.shape(leaf.shape)[::-1]).T
-
-
-@dataclass(frozen=True)
-class Conv(Plain):
-    """A kernel `(out, in, width)`, as torch.nn.Conv1d has it, for a leaf `(width, in, out)`."""
-
-    def shape(self, leaf: Shape) -> Shape:
-        """Shape of the published tensor for a leaf's."""
-        return leaf[::-1]
-
-    def to_leaf(self, tensor: np.ndarray, leaf: Shape) -> np.ndarray:
-        """Published numbers as the leaf."""
-        return tensor.T
-
-    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
-        """The leaf as published: the inverse of `to_leaf`."""
-        return leaf.T
 
 
 # Rules -------------------------------------------------------------------------------------------
@@ -144,7 +54,7 @@ class Rule:
 
     tensor: str
     leaf: str | tuple[str, ...]
-    layout: Plain = Plain()
+    layout: Plain = PLAIN
     fallback: bool = False
 
     def prefixed(self, tensor: str, leaf: str) -> Rule:

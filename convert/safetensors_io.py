@@ -9,7 +9,7 @@ any number is read. The writer computes the header from `TensorInfo`s alone, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from jax_encdec.convert.tensor_source import (
     BinaryFile,
+    FileTensors,
     TensorInfo,
-    TensorSource,
     as_tensor,
     check_tensors,
     is_count,
@@ -27,7 +27,7 @@ from jax_encdec.convert.tensor_source import (
     short,
     strict_json,
 )
-from jax_encdec.convert.weight_writer import Entry, Layout, Sink, write_weights
+from jax_encdec.convert.weight_writer import Entry, Layout, Sink, encodes, write_weights
 from jax_encdec.errors import CheckpointError, InputError
 
 SINGLE = "model.safetensors"
@@ -69,7 +69,7 @@ def is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER
 
 
-class SafetensorsFile(TensorSource):
+class SafetensorsFile(FileTensors):
     """One safetensors file."""
 
     def __init__(self, file: BinaryFile) -> None:
@@ -105,27 +105,12 @@ class SafetensorsFile(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
-        if name not in self._tensors:
-            raise self._unknown(name)
-        return self._tensors[name][0]
+        return self._entry_of(name)[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.info(name)
         start = self._start + self._tensors[name][1]
         return as_tensor(self._file.read_array(start, info.nbytes), info)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
-        self._file.close()
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -148,7 +133,7 @@ def _entry(name: str, value: Any, path: Path) -> tuple[TensorInfo, int]:
         raise CheckpointError(f"{where} has an impossible shape {short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise CheckpointError(f"{where} has impossible data_offsets {short(offsets)}")
-    if not _encodes(name):
+    if not encodes(name):
         raise CheckpointError(f"{where} has a name that is not valid Unicode")
     info = TensorInfo(_DTYPES[kind], tuple(shape))
     if problem := shape_problem(info.shape, info.dtype):
@@ -159,14 +144,6 @@ def _entry(name: str, value: Any, path: Path) -> tuple[TensorInfo, int]:
             f"its data_offsets {short(offsets)} give {short(offsets[1] - offsets[0])}"
         )
     return info, offsets[0]
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -194,7 +171,7 @@ def write_safetensors(
         InputError, CheckpointError: as `write_weights`.
     """
     for key, value in (metadata or {}).items():
-        if not (isinstance(key, str) and isinstance(value, str) and _encodes(key + value)):
+        if not (isinstance(key, str) and isinstance(value, str) and encodes(key + value)):
             raise InputError(f"metadata must be text; got {short(key)}: {short(value)}")
 
     def write(sink: Sink, entries: Sequence[Entry]) -> None:

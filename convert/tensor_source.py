@@ -112,6 +112,36 @@ class TensorSource(Mapping[str, np.ndarray]):
         return f"<{type(self).__name__} {str(self.path)!r}: {len(self)} tensors>"
 
 
+class FileTensors(TensorSource):
+    """The tensors of one file, of which the subclass keeps an entry each in `_tensors`."""
+
+    _file: BinaryFile
+    _tensors: Mapping[str, Any]
+    _ignored: Mapping[str, str] = {}
+
+    def ignored(self) -> dict[str, str]:
+        """Entries of the file that are no tensors of numbers: name -> kind."""
+        return dict(self._ignored)
+
+    def _entry_of(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise self._unknown(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Let go of the file; a later read opens it again."""
+        self._file.close()
+
+
 class BinaryFile:
     """A regular file read by position.
 

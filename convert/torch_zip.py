@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from jax_encdec.convert.pickle_reader import MAX_BYTES, unpickle
 from jax_encdec.convert.tensor_source import (
     MAX_TENSORS,
     BinaryFile,
+    FileTensors,
     TensorInfo,
-    TensorSource,
     as_tensor,
     check_tensors,
     names_of,
@@ -38,7 +38,7 @@ MAX_EXPANDED = 1 << 26
 moreover ask for as many as it has itself. More is taken for an attack."""
 
 
-class TorchTensors(TensorSource):
+class TorchTensors(FileTensors):
     """The state dict of a pickle, over storages that lie elsewhere in its file.
 
     Args:
@@ -91,9 +91,7 @@ class TorchTensors(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
-        if name not in self._tensors:
-            raise self._unknown(name)
-        return self._tensors[name][1]
+        return self._entry_of(name)[1]
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.info(name)
@@ -112,23 +110,6 @@ class TorchTensors(TensorSource):
     def _identity(self, name: str) -> Hashable:
         tensor = self._tensors[name][0]
         return tensor.storage.key, tensor.dtype, tensor.offset, tensor.shape, tensor.strides
-
-    def ignored(self) -> dict[str, str]:
-        """Entries that are no tensors: name -> kind."""
-        return dict(self._ignored)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
-        self._file.close()
 
 
 def _axes(tensor: Tensor) -> zip[tuple[int, int]]:

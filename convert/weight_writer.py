@@ -167,7 +167,7 @@ def _check(entries: Sequence[Entry], layout: Layout) -> None:
         if name in seen:
             raise InputError(f"two tensors are called {short(name)}; names must differ")
         seen.add(name)
-        if not layout.allows(name) or not _encodes(name):
+        if not layout.allows(name) or not encodes(name):
             raise InputError(f"{layout.kind} cannot hold a tensor called {short(name)}")
         if info.dtype not in layout.dtypes:
             raise InputError(
@@ -175,7 +175,8 @@ def _check(entries: Sequence[Entry], layout: Layout) -> None:
             )
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -63,4 +63,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from jax_encdec.families import CONFIGS
+
+    return sorted({*__all__, *CONFIGS})

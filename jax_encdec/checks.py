@@ -114,7 +114,18 @@ def check_global(mask: Any, shape: tuple[int, int], trunk: TransformerConfig) ->
         return None
     if not any(attention.global_projections for attention in trunk.attentions()):
         raise InputError("this encoder has no global attention; leave global_attention_mask out")
-    return check_shape("global_attention_mask", mask, shape)
+    mask = check_shape("global_attention_mask", mask, shape)
+    return check_ids("global_attention_mask", mask, 2)
+
+
+def check_segments(ids: Any, shape: tuple[int, int], trunk: TransformerConfig) -> Any:
+    """Which text each token belongs to; None stays None."""
+    if ids is not None and trunk.convolves:
+        raise InputError(
+            "this encoder has a convolution, which would mix the segments; encode the texts in "
+            "rows of their own"
+        )
+    return check_shape("segment_ids", ids, shape)
 
 
 def check_positions(
@@ -131,6 +142,11 @@ def check_positions(
         raise InputError(f"{name} must have shape {list(shape)}; got {list(ids.shape)}")
     table = trunk.embedding.position
     if table is None:
+        if not any(attention.rotary for attention in trunk.attentions()):
+            side = "decoder" if name.startswith("decoder") else "encoder"
+            raise InputError(f"this {side} has no position ids; leave {name} out")
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise InputError(f"{name} must be integers; got {ids.dtype}")
         return ids
     rows = table.pad_token_id is not None
     ids = check_ids(name, ids, table.length if rows else table.usable)

@@ -22,6 +22,19 @@ Source = Literal["self", "encoder"]
 """Whose states an attention's keys and values are made of: the trunk's own, or the encoder's."""
 
 
+ACTIVATIONS = (
+    "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu",
+    "relu2", "silu", "swish", "tanh", "sigmoid", "mish", "linear",
+)  # fmt: skip
+"""Published names of activations; `layers.activation` computes them."""
+
+
+def check_activation(name: str) -> None:
+    """Refuse an activation that nobody computes."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019)."""
@@ -106,6 +119,8 @@ class Attention:
         return self.kv_heads or self.heads
 
     def __post_init__(self):
+        if self.rotary is not None and self.head_dim % 2:
+            raise ConfigError(f"rotary heads must be of even size; got {self.head_dim}")
         if self.heads % self.groups:
             raise ConfigError(
                 f"attention heads must be a multiple of key/value heads; got {self.heads} heads "
@@ -122,6 +137,9 @@ class FeedForward:
     gated: bool = False
     bias: bool = True
 
+    def __post_init__(self):
+        check_activation(self.activation)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
@@ -132,6 +150,7 @@ class Convolution:
     groups: int = 1
 
     def __post_init__(self):
+        check_activation(self.activation)
         if self.width % 2 == 0:
             raise ConfigError(f"a convolution's width must be odd; got {self.width}")
 
@@ -255,6 +274,9 @@ class Head:
     """Factor on the states before the logits (T5 ties with `hidden ** -0.5`)."""
     softcap: float | None = None
 
+    def __post_init__(self):
+        check_activation(self.activation)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
@@ -320,6 +342,16 @@ class TransformerConfig:
         """The longest sequence in tokens; None where positions are relative."""
         position = self.embedding.position
         return None if position is None else position.usable
+
+    @property
+    def convolves(self) -> bool:
+        """Whether tokens reach their neighbours other than by attention."""
+        return any(
+            isinstance(sublayer.f, Convolution)
+            for segment in self.segments
+            for block in segment.blocks
+            for sublayer in block.sublayers
+        )
 
     def attentions(self) -> tuple[Attention, ...]:
         """Every attention of one pass over the segments' blocks, in order."""

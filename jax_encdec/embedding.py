@@ -82,7 +82,10 @@ def embed(
         if isinstance(embedding.position, Sinusoidal):
             x = x + _sinusoids(embedding.position, rows, embedding.width).astype(dtype)
         else:
-            x = x + _rows(p["position"], rows).astype(dtype)
+            table = p["position"]
+            if embedding.position.fixed:
+                table = jax.lax.stop_gradient(table)
+            x = x + _rows(table, rows).astype(dtype)
     if embedding.norm is not None and not embedding.norm_first:
         x = norm(embedding.norm, p["norm"], x)
     if embedding.mask_pads and attention_mask is not None:
@@ -119,7 +122,6 @@ def head_params(config: TransformerConfig) -> dict[str, Any]:
     assert head is not None
     width = config.embedding.width if head.width is None else head.width
     params: dict[str, Any] = {}
-    activation(head.activation)
     if head.transform is not None:
         inputs, outputs = {"embed": config.hidden}, {"embed_out": width}
         params["transform"] = dense_params(inputs, outputs, bias=True, std=config.init_std)

@@ -25,6 +25,7 @@ from jax_encdec.checks import (
     check_ids,
     check_inputs,
     check_positions,
+    check_segments,
     check_shape,
     check_states,
     check_types,
@@ -222,8 +223,8 @@ class EncoderDecoderModel(nn.Module):
         if labels is not None:
             labels = check_ids("labels", labels, self.config.target_vocabulary, also=IGNORE)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                start, pad = self._start(labels), self.token_id("pad_token_id")
                 check_shape("decoder_segment_ids", decoder_segment_ids, labels.shape)
+                start, pad = self._start(labels, decoder_segment_ids), self.token_id("pad_token_id")
                 decoder_input_ids, shown = shift_right(labels, start, pad, decoder_segment_ids)
                 decoder_mask = shown if decoder_mask is None else decoder_mask
         if encoder_outputs is None:
@@ -280,7 +281,7 @@ class EncoderDecoderModel(nn.Module):
         trunk = self.config.encoder_trunk
         input_ids, shape = check_inputs("input_ids", input_ids, inputs_embeds, trunk)
         attention_mask = check_shape("attention_mask", attention_mask, shape)
-        segment_ids = check_shape("segment_ids", segment_ids, shape)
+        segment_ids = check_segments(segment_ids, shape, trunk)
         out = transformer(
             trunk,
             self._tree()["encoder"],
@@ -366,13 +367,15 @@ class EncoderDecoderModel(nn.Module):
             encoder_attentions=encoder_outputs.attentions,
         )
 
-    def _start(self, labels: jax.Array) -> int | jax.Array:
+    def _start(self, labels: jax.Array, segment_ids: jax.Array | None) -> int | jax.Array:
+        """What opens a target: the start token, or `[B, T]`, its own last label that is no pad."""
         if not (self.config.whole and self.config.decoder.wraps_labels):
             return self.token_id("decoder_start_token_id")
-        # The last label that is no pad comes first: `[B, 1]`.
+        segments = jnp.zeros_like(labels) if segment_ids is None else segment_ids
         shown = (labels != IGNORE) & (labels != self.token_id("pad_token_id"))
-        last = jnp.sum(shown, axis=1, keepdims=True) - 1
-        return jnp.take_along_axis(labels, jnp.maximum(last, 0), axis=1)
+        own = shown[:, None, :] & (segments[:, :, None] == segments[:, None, :])
+        last = jnp.max(jnp.where(own, jnp.arange(labels.shape[1]), 0), axis=-1)
+        return jnp.take_along_axis(labels, last, axis=1)
 
     def _tree(self) -> Params:
         return with_aliases(self.config, self._params)

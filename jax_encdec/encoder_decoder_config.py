@@ -1,8 +1,8 @@
 """The configuration of a pair: an encoder's, a decoder's, and what joins them.
 
 A pair is published in one of two layouts. The composite one (`model_type: "encoder-decoder"`)
-nests two complete configurations. A whole model (BART) has one configuration for both halves; its
-pair is loaded from it, and saved to it, as it is.
+nests two complete configurations. A whole model (BART, T5, ...) has one configuration for both
+halves; its pair is loaded from it, and saved to it, as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from jax_encdec.config import TransformerConfig
@@ -67,6 +68,12 @@ class EncoderDecoderConfig:
                     f"{family.model_type} cannot be the {part} of a pair: it was only published "
                     f"as {'an encoder' if part == 'decoder' else 'a decoder'}"
                 )
+        if self.whole and self.encoder != self.decoder:
+            raise ConfigError("a whole model has one configuration for both halves")
+        if self.whole and self.decoder.whole_architecture is None:
+            raise ConfigError(f"{self.decoder.model_type} has no whole model; leave whole=True out")
+        if self.whole and self.tie_encoder_decoder:
+            raise ConfigError("a whole model cannot be published with tie_encoder_decoder")
         for name in _ID_FIELDS:
             ids = _ids(name, getattr(self, name))
             object.__setattr__(self, name, ids)
@@ -83,8 +90,6 @@ class EncoderDecoderConfig:
                 f"the decoder's cross_attention_hidden_size must equal the encoder's hidden size "
                 f"{self.encoder_trunk.hidden}; got {stated}"
             )
-        if self.whole and self.encoder != self.decoder:
-            raise ConfigError("a whole model has one configuration for both halves")
         # Whatever cannot be translated is refused now, not when weights have been read.
         _ = self.encoder_trunk, self.decoder_trunk
         if self.tie_encoder_decoder:
@@ -180,14 +185,14 @@ class EncoderDecoderConfig:
 
     # What follows from the configuration --------------------------------------------------------
 
-    @property
+    @cached_property
     def encoder_trunk(self) -> TransformerConfig:
         """The encoder's trunk."""
         return (
             self.encoder.whole_trunk("encoder") if self.whole else self.encoder.to_trunk("encoder")
         )
 
-    @property
+    @cached_property
     def decoder_trunk(self) -> TransformerConfig:
         """The decoder's trunk, with cross-attention and head."""
         return (

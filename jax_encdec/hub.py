@@ -19,19 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jax_encdec.convert.readers import FORMATS, MAX_INDEX, NOT_WEIGHTS
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError, nearest
 
 Token = str | bool | None
 """A hub token; None: the stored one (HF_TOKEN, `hf auth login`), if any; False: none at all."""
 
-FORMATS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tf_model.h5")
-"""Weight files, best first; each may be in shards instead, listed in NAME.index.json."""
-
 DIGESTS = "SHA256SUMS"
-MAX_INDEX = 10_000_000
-"""Bytes of an index of shards, enough for 100,000 tensors."""
-
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _PLAIN = re.compile(r"\w[\w.+-]*")
 _ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 _ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+).*")
@@ -74,7 +68,7 @@ def resolve(
     if (
         text.startswith((".", "/", "~"))
         or text.count("/") > 1
-        or path.suffix in (".bin", ".json", *(Path(format).suffix for format in FORMATS))
+        or path.suffix in (".bin", ".json", *(f".{suffix}" for suffix, *_ in FORMATS))
     ):
         raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
     if not _ID.fullmatch(text) or "--" in text or ".." in text or len(text) > 96:
@@ -157,17 +151,18 @@ class _Repository:
         there = ", ".join(sorted(n for n in names if _PLAIN.fullmatch(n))[:8]) or "nothing"
         if "config.json" not in names:
             raise CheckpointError(f"{who} no model: config.json is not among its files ({there})")
-        for single in FORMATS:
-            for name in (single, f"{single}.index.json"):
+        for _, *pair in FORMATS:
+            for name in pair:
                 if name in names:
                     return [*files, name]
-        for suffix in (Path(single).suffix for single in FORMATS):
-            lone = [n for n in sorted(names) if _PLAIN.fullmatch(n) and Path(n).suffix == suffix]
-            lone = [n for n in lone if n not in _NOT_WEIGHTS]
+        for suffix, *_ in FORMATS:
+            plain = [n for n in sorted(names) if _PLAIN.fullmatch(n) and n not in NOT_WEIGHTS]
+            lone = [n for n in plain if n.endswith(f".{suffix}")]
             if len(lone) == 1:
                 return [*files, lone[0]]
+        looked = ", ".join(single for _, single, _ in FORMATS)
         raise CheckpointError(
-            f"{who} no weights that can be read: looked for {', '.join(FORMATS)}; got {there}"
+            f"{who} no weights that can be read: looked for {looked}; got {there}"
         )
 
     def _download(self, files: Collection[str], commit: str | None = None) -> Path:

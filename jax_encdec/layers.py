@@ -20,7 +20,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_encdec.config import Norm
-from jax_encdec.errors import ConfigError
 
 Params = Mapping[str, Any]
 """A nested dict of arrays."""
@@ -100,7 +99,7 @@ def logical_axes(tree: Any) -> Any:
 
 # Activations, by their published names -----------------------------------------------------------
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -119,10 +118,8 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Look an activation up by its published name."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    """Look an activation up by its published name, one of `config.ACTIVATIONS`."""
+    return _ACTIVATIONS[name]
 
 
 # Layers ------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[EncoderDecoderModel, Params]:
-    """Load a published pair: `EncoderDecoderModel` or a whole BART, from PyTorch or from here.
+    """Load a published pair, `EncoderDecoderModel` or a whole BART, T5, ..., in any format.
 
     Args:
         path: a folder, a weight file with its config.json beside it, or a hub repository id.

@@ -72,7 +72,10 @@ class _Call:
 
     config: TransformerConfig
     positions: jax.Array
-    key_positions: jax.Array
+    """`[B|1, Q]`, of the queries, for rotation."""
+    order: jax.Array
+    key_order: jax.Array
+    """`[1, Q]` and `[1, S]`: places in the sequence, for windows."""
     mask: jax.Array | None
     attention_mask: jax.Array | None
     global_mask: jax.Array | None
@@ -145,7 +148,8 @@ def transformer(
     call = _Call(
         config=config,
         positions=order if position_ids is None else position_ids,
-        key_positions=order if position_ids is None else position_ids,
+        order=order,
+        key_order=order,
         # Windows differ between attentions and are applied there.
         mask=attn.both(mask, attn.positional_mask(order, order, causal=config.causal, window=None)),
         attention_mask=attention_mask,
@@ -327,7 +331,7 @@ def _attend(
     near = mask
     if config.window is not None and not cross:
         window = attn.positional_mask(
-            call.positions, call.key_positions, causal=False, window=config.window
+            call.order, call.key_order, causal=False, window=config.window
         )
         assert window is not None
         near = attn.both(mask, window if chosen is None else window | chosen[:, None, :])
@@ -469,7 +473,8 @@ def decode_step(
     call = _Call(
         config=config,
         positions=queries,
-        key_positions=keys,
+        order=queries,
+        key_order=keys,
         mask=visible,
         attention_mask=None,
         global_mask=None,

@@ -25,7 +25,6 @@ from jax_encdec.embedding import embedding_params, head_params
 from jax_encdec.layers import (
     Param,
     Params,
-    activation,
     dense_params,
     norm_params,
     stack,
@@ -78,14 +77,12 @@ def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]
             heads = sub.f.heads
             params["bucket_bias"] = attn.bucket_bias_params(config.bucket_bias, heads, std)
     elif isinstance(sub.f, Convolution):
-        activation(sub.f.activation)
         shape = (sub.f.width, config.hidden // sub.f.groups, config.hidden)
         params = {
             "kernel": Param(shape, (None, "embed_in", "embed"), std),
             "bias": Param((config.hidden,), ("embed",)),
         }
     else:
-        activation(sub.f.activation)  # an unknown name is refused where it is declared
         embed, mlp, bias = {"embed": config.hidden}, {"mlp": sub.f.width}, sub.f.bias
         params = {
             "up": dense_params(embed, mlp, bias=bias, std=std),

@@ -184,13 +184,13 @@ class _Side:
             config = _single_config(hub.read_json(file), str(file))
         taken = None
         if layers is not None:
-            have = getattr(config, config.layers_field(role))
+            have = config.layer_count(role)
             taken = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
             if not taken or not all(isinstance(i, int) and 0 <= i < have for i in taken):
                 raise InputError(
                     f"{role}_layers must choose among the checkpoint's {have} layers; got {layers}"
                 )
-            config = config.replace(**{config.layers_field(role): len(taken)})
+            config = config.with_layers(role, taken)
         return cls(config, place, taken, str(name))
 
     def load(

@@ -4,8 +4,12 @@ Tests compile hundreds of tiny programs and run each for milliseconds, so XLA is
 little, which compiles four times as fast. The exhaustive matrices run as users' programs do.
 """
 
+import gc
 import os
 import sys
+from pathlib import Path
+
+import pytest
 
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if "exhaustive" not in " ".join(sys.argv):
@@ -15,3 +19,18 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_ENCDEC_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _room_for_compiled_programs():
+    """Let go of old programs before a process has as many memory mappings as Linux allows.
+
+    Each compiled program takes some; a worker of thousands of tests would crash in the compiler.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -30,6 +30,7 @@ from test_pretrained import save_as_bin, trees_equal
 from jax_encdec import CheckpointError, ConfigError, EncoderDecoderModel
 from jax_encdec.families import FAMILIES
 from jax_encdec.families import family_config as read_config
+from jax_encdec.layers import flatten
 from jax_encdec.pretrained import load
 from jax_encdec.warm_start import join
 
@@ -479,3 +480,37 @@ def test_what_has_no_such_side_is_refused():
     with pytest.raises(ConfigError, match="width of at least 4"):
         FAMILIES["xglm"](d_model=2, attention_heads=1).to_trunk("decoder")
     assert FAMILIES["xglm"](max_position_embeddings=POSITIONS).to_trunk("encoder").causal
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus", "bart"])
+def test_what_is_not_trained_has_no_gradient(family):
+    """So that `optax.masked(optimizer, model.trainable())` leaves it as it is."""
+    model, params = from_torch(whole(family))
+    rng = np.random.default_rng(0)
+    ids, mask = source_batch(rng)
+    ids, labels = np.minimum(ids, 52), labels_batch(rng)
+
+    def loss(params):
+        return model.apply({"params": params}, ids, mask, labels=labels).loss
+
+    gradients = flatten(jax.jit(jax.grad(loss))(params))
+    trained = flatten(model.trainable())
+    assert not all(trained.values())
+    for path, gradient in gradients.items():
+        assert trained[path] == bool(np.any(gradient)), path
+
+
+@pytest.mark.parametrize("family", ["mbart", "plbart"])
+def test_packed_targets_open_with_their_own_language(family):
+    model, params = from_torch(whole(family))
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(3, 53, (2, 6)), rng.integers(3, 53, (2, 5))
+    apart = model.apply({"params": params}, ids, labels=labels)
+    packed = model.apply(
+        {"params": params},
+        ids.reshape(1, -1),
+        labels=labels.reshape(1, -1),
+        segment_ids=np.repeat([[0, 1]], 6, axis=1),
+        decoder_segment_ids=np.repeat([[0, 1]], 5, axis=1),
+    )
+    np.testing.assert_allclose(packed.loss_sum, apart.loss_sum, rtol=1e-5)

@@ -328,7 +328,7 @@ def test_damaged_weights(damage, copy, tmp_path, capsys):
     code, out, err = call(capsys, "inspect", copy)
     assert (code, err) == (1, "")
     assert DAMAGE[damage] in out
-    assert "BERT encoder, BERT decoder" in out
+    assert "bert encoder, bert decoder" in out
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -431,7 +431,7 @@ def test_a_single_model_says_how_to_join(tmp_path, capsys):
     bert.save_pretrained(tmp_path)
     code, out, _ = call(capsys, "inspect", tmp_path)
     assert code == 0
-    assert "a single BERT, which can be one side of a pair" in out
+    assert "a single bert, which can be one side of a pair" in out
     assert f"from_encoder_decoder_pretrained('{tmp_path}', DECODER)" in out
     assert "new: cross-attention, language model head" in out
     assert "no tokenizer" in out

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from test_families import check_files, whole
 from test_pairs import close
 
-from jax_encdec import BertConfig, ConfigError, EncoderDecoderModel
+from jax_encdec import BertConfig, ConfigError, EncoderDecoderModel, InputError
 from jax_encdec.families import FAMILIES
 from jax_encdec.families import family_config as read
 from jax_encdec.layers import initialize
@@ -504,6 +504,68 @@ def test_published_config(name):
     assert {k: v for k, v in data.items() if k in config.extra}.items() <= written.items()
 
 
+# Positions, segments, layers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["longformer", "modernbert"])
+def test_windows_follow_the_order_whatever_the_positions(family, tmp_path):
+    oracle = encoder(family)
+    rng = np.random.default_rng(0)
+    places = np.stack([rng.permutation(9) + 2 for _ in range(3)]).astype(np.int32)
+    check_encoder(oracle, saved(oracle, tmp_path), position_ids=places)
+
+
+@pytest.mark.parametrize("spelling", ["layer_types", "global_attn_every_n_layers"])
+def test_chosen_layers_of_modernbert_keep_what_they_see(spelling, tmp_path):
+    oracle = encoder("modernbert", num_hidden_layers=5, local_attention=4)
+    folder = saved(oracle, tmp_path)
+    if spelling != "layer_types":
+        old = {"global_attn_every_n_layers": 3, "layer_types": "absent"}
+        folder = saved(oracle, tmp_path, **old)
+    taken = (0, 2, 3)
+    model, params = warm_encoder(folder, encoder_layers=taken)
+    oracle.layers = torch.nn.ModuleList(oracle.layers[i] for i in taken)
+    ids, mask = source_batch(np.random.default_rng(1))
+    with torch.no_grad():
+        theirs = oracle(input_ids=as_torch(ids), attention_mask=as_torch(mask)).last_hidden_state
+    ours = model.apply({"params": params}, ids, mask, method="encode").last_hidden_state
+    real = mask.astype(bool)
+    close(np.asarray(ours)[real], theirs[torch.tensor(real)], 2e-5)
+    with pytest.raises(ConfigError, match="layer 0 has no norm"):
+        warm_encoder(folder, encoder_layers=(1, 2))
+
+
+def test_chosen_layers_of_longformer_keep_their_windows(tmp_path):
+    oracle = encoder("longformer", attention_window=[4, 8])
+    model, _ = warm_encoder(saved(oracle, tmp_path), encoder_layers=(1,))
+    assert model.config.encoder.windows == (8,)
+
+
+def test_segments_do_not_meet_in_a_convolution():
+    model, params = from_torch(torch_pair("deberta-v2", "bert", seed=1))
+    encoder = model.config.encoder.replace(conv_kernel_size=3)
+    model = model.clone(config=model.config.replace(encoder=encoder))
+    params = model.init_params(jax.random.key(0))
+    ids, segments = np.full((1, 6), 5, np.int32), np.array([[0, 0, 0, 1, 1, 1]])
+    with pytest.raises(InputError, match="convolution"):
+        model.apply({"params": params}, ids, method="encode", segment_ids=segments)
+
+
+@pytest.mark.parametrize("family", ["t5", "roformer"])
+def test_position_ids_are_never_ignored(family):
+    model, params = from_torch(torch_pair(family, "bert"))
+    ids = np.full((1, 6), 5, np.int32)
+    places = np.arange(6)[None] if family == "t5" else np.arange(6.0)[None] + 0.5
+    words = {"t5": "has no position ids", "roformer": "must be integers"}
+    with pytest.raises(InputError, match=words[family]):
+        model.apply({"params": params}, ids, position_ids=places, method="encode")
+
+
+def test_t5_with_more_layers_has_them_in_both_halves():
+    config = FAMILIES["t5"](num_layers=2).replace(num_layers=4)
+    assert config.to_trunk("decoder").layers == 4
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -530,6 +592,7 @@ REFUSED = {
     "odd window": ("longformer", {"attention_window": 5}, "attention_window"),
     "windows": ("longformer", {"attention_window": [4, 4]}, "attention_window"),
     "zero": ("roformer", {"embedding_size": 0}, "embedding_size"),
+    "odd heads": ("roformer", {"hidden_size": 12, "num_attention_heads": 4}, "even size"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,9 +13,17 @@ import tiny_pairs
 from oracle import transformers
 
 from jax_encdec import BertConfig, EncoderDecoderModel
-from jax_encdec.families import GPT2Config, RobertaConfig
+from jax_encdec.families import FAMILIES, GPT2Config, RobertaConfig
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+_spec = importlib.util.spec_from_file_location(
+    "family_table", ROOT / "benchmarks" / "family_table.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+family_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(family_table)
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32, "max_position_embeddings": 40, "vocab_size": 160}  # fmt: skip
 TINY_GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40, "vocab_size": 160}
@@ -75,3 +84,9 @@ def test_the_python_of_the_readme_runs(published, tmp_path, monkeypatch):
     assert ran >= 7
     assert EncoderDecoderModel.from_pretrained(tmp_path / "out")
     assert names["summarize"](names["params"], ids, np.ones_like(ids)).shape == (2, 6)
+
+
+def test_the_table_of_families_is_the_newest_record():
+    record = family_table.newest()
+    assert set(record["families"]) == set(FAMILIES)
+    assert family_table.rewritten(README.read_text(), record) == README.read_text()

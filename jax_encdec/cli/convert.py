@@ -1,4 +1,4 @@
-"""`jax-encdec convert`: a pair in any readable format to safetensors that PyTorch opens."""
+"""`jax-encdec convert`: a pair in any readable format to safetensors, `.bin` or msgpack."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "--format",
         choices=("safetensors", "bin", "msgpack"),
         default="safetensors",
-        help="of the written weights: for PyTorch, old PyTorch, Flax or TensorFlow "
+        help="of the written weights: for today's libraries, old PyTorch, or Flax "
         "(default: safetensors)",
     )
     parser.add_argument(

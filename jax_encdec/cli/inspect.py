@@ -19,14 +19,6 @@ from typing import Any
 from jax_encdec.cli import hub_options, hub_parser
 from jax_encdec.errors import EncDecError
 
-_NAMES = {
-    "bert": "BERT",
-    "roberta": "RoBERTa",
-    "xlm-roberta": "XLM-RoBERTa",
-    "camembert": "CamemBERT",
-    "gpt2": "GPT-2",
-    "bart": "BART",
-}
 _IDS = {"start": "decoder_start_token_id", "end": "eos_token_id", "pad": "pad_token_id"}
 _FALLBACK = {"decoder_start_token_id": "bos_token_id", "pad_token_id": "eos_token_id"}
 
@@ -242,18 +234,18 @@ def _single(path: str, place: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
     folder = place if place.is_dir() else place.parent
     config = family_config(data, str(folder / "config.json"))
-    trunk = config.to_trunk("encoder")
+    trunk = config.to_trunk(config.roles[0])
     problems: list[dict[str, Any]] = []
     weights, roles = None, {}
     try:
         digests.check(place)
         with open_tensors(place) as source:
             weights = _weights(place, source)
-            roles = {role: _as_side(config, role, source, path) for role in ("encoder", "decoder")}
+            roles = {role: _as_side(config, role, source, path) for role in config.roles}
     except EncDecError as error:
         problems.append(_problem(str(error), "restore the files, or download them again", True))
     if roles and not any(side["fits"] for side in roles.values()):
-        problems.append(_problem(roles["encoder"]["why"], "check the files", True))
+        problems.append(_problem(roles[config.roles[0]]["why"], "check the files", True))
     tokenizers, complaints = _tokenizers(folder, trunk.embedding.vocab, trunk.embedding.vocab)
     return {
         "path": path,
@@ -307,13 +299,14 @@ def _architecture(config: Any, trunk: Any) -> dict[str, Any]:
     )
     attention = trunk.attentions()[0]
     return {
-        "family": _NAMES.get(config.model_type, config.model_type),
+        "family": config.model_type,
         "layers": trunk.layers,
         "width": trunk.hidden,
         "heads": attention.heads,
         "head_dim": attention.head_dim,
         "feed_forward": mlp.width,
-        "activation": mlp.activation,
+        "activation": f"gated {mlp.activation}" if mlp.gated else mlp.activation,
+        "window": max((a.window for a in trunk.attentions() if a.window is not None), default=None),
         "positions": trunk.max_length,
         "vocabulary": trunk.embedding.vocab,
     }
@@ -477,9 +470,10 @@ def _render_single(found: Mapping[str, Any]) -> list[str]:
 
 
 def _say(part: Mapping[str, Any]) -> str:
+    window = f", windows of {part['window']} to either side" if part["window"] else ""
     positions = f"up to {part['positions']} tokens" if part["positions"] else "any length"
     return (
         f"{part['family']}: {part['layers']} layers, width {part['width']}, "
         f"{part['heads']} heads of {part['head_dim']}, feed-forward {part['feed_forward']} "
-        f"({part['activation']}), vocabulary {part['vocabulary']}, {positions}"
+        f"({part['activation']}), vocabulary {part['vocabulary']}, {positions}{window}"
     )

@@ -102,6 +102,14 @@ class FamilyConfig:
         """Name of the field that holds the number of layers."""
         return "num_hidden_layers"
 
+    def layer_count(self, role: Role) -> int:
+        """Number of layers."""
+        return getattr(self, self.layers_field(role))
+
+    def with_layers(self, role: Role, taken: tuple[int, ...]) -> Self:
+        """The configuration of a model that has some of this one's layers, by number."""
+        return self.replace(**{self.layers_field(role): len(taken)})
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> Self:
         """Read a published configuration.
@@ -169,8 +177,9 @@ def periodic_segments(blocks: Sequence[Block]) -> tuple[Segment, ...]:
     """Blocks as the shortest period that they repeat, and the part of one that may be left."""
     if not blocks:
         return ()
-    same = (p for p in range(1, len(blocks) + 1) if list(blocks[p:]) == list(blocks[:-p]))
-    period = next(same)
+    kinds = list(dict.fromkeys(blocks))
+    row = [kinds.index(block) for block in blocks]  # numbers compare faster than blocks
+    period = next(p for p in range(1, len(row) + 1) if row[p:] == row[:-p])
     repeat, rest = divmod(len(blocks), period)
     left = (Segment(blocks=tuple(blocks[-rest:]), repeat=1),) if rest else ()
     return Segment(blocks=tuple(blocks[:period]), repeat=repeat), *left

@@ -27,6 +27,7 @@ class GPT2Config(FamilyConfig):
     """The published configuration, with the published defaults."""
 
     model_type: ClassVar[str] = "gpt2"
+    limits: ClassVar[str] = "as an encoder, causal as it was trained"
 
     vocab_size: int = 50257
     n_positions: int = 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from jax_encdec.config import Attention, Block, Role, Segment
 from jax_encdec.errors import ConfigError
@@ -38,6 +38,11 @@ class LongformerConfig(RobertaConfig):
         """The window of each layer."""
         given = self.attention_window
         return (given,) * self.num_hidden_layers if isinstance(given, int) else given
+
+    def with_layers(self, role: Role, taken: tuple[int, ...]) -> Self:
+        """A layer's window goes with it."""
+        windows = tuple(self.windows[i] for i in taken)
+        return self.replace(num_hidden_layers=len(taken), attention_window=windows)
 
     def segments(self, role: Role) -> tuple[Segment, ...]:
         """RoBERTa's blocks, each with its window."""

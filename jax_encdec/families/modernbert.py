@@ -24,6 +24,10 @@ from jax_encdec.errors import ConfigError
 from jax_encdec.families.base import FamilyConfig, periodic_segments
 
 _KINDS = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+_POSITIVE = (
+    "vocab_size", "intermediate_size", "num_hidden_layers", "norm_eps", "global_rope_theta",
+    "local_attention", "global_attn_every_n_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +85,14 @@ class ModernBertConfig(FamilyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        local = self.global_rope_theta if self.local_rope_theta is None else self.local_rope_theta
-        for name in ("vocab_size", "intermediate_size", "num_hidden_layers", "local_attention"):
-            self.require(**{name: getattr(self, name)})
-        self.require(norm_eps=self.norm_eps, global_rope_theta=self.global_rope_theta)
-        self.require(
-            local_rope_theta=local, global_attn_every_n_layers=self.global_attn_every_n_layers
-        )
-        heads = self.num_attention_heads
-        self.require_heads("hidden_size", self.hidden_size, "num_attention_heads", heads)
-        if (self.hidden_size // heads) % 2:
-            raise ConfigError(f"rotary heads must be even; got {self.hidden_size // heads}")
+        self.require(**{name: getattr(self, name) for name in _POSITIVE})
+        if self.local_rope_theta is not None:
+            self.require(local_rope_theta=self.local_rope_theta)
+        size, heads = self.hidden_size, self.num_attention_heads
+        self.require_heads("hidden_size", size, "num_attention_heads", heads)
         if len(self.kinds) != self.num_hidden_layers or set(self.kinds) - set(_KINDS):
             raise ConfigError(
-                f"layer_types must name one of {', '.join(_KINDS)} for each of the "
+                f"layer_types must be {' or '.join(_KINDS)} for each of the "
                 f"{self.num_hidden_layers} layers; got {list(self.kinds)}"
             )
 
@@ -103,19 +101,22 @@ class ModernBertConfig(FamilyConfig):
         """What each layer sees."""
         if self.layer_types is not None:
             return self.layer_types
-        near, far = "sliding_attention", "full_attention"
+        far, near = _KINDS
         every = self.global_attn_every_n_layers
         return tuple(near if i % every else far for i in range(self.num_hidden_layers))
+
+    def with_layers(self, role: Role, taken: tuple[int, ...]) -> Self:
+        """What a layer sees goes with it; the first, which lacks a norm, must stay the first."""
+        if taken[0] != 0 or 0 in taken[1:]:
+            raise ConfigError(f"layer 0 has no norm: choose it, once, first; got {list(taken)}")
+        kinds = tuple(self.kinds[i] for i in taken)
+        return self.replace(num_hidden_layers=len(kinds), layer_types=kinds)
 
     def to_trunk(self, role: Role) -> TransformerConfig:
         """Translate into the trunk's configuration."""
         rule = Norm(eps=self.norm_eps, bias=self.norm_bias)
-        mlp = FeedForward(
-            width=self.intermediate_size,
-            activation=self.hidden_activation,
-            gated=True,
-            bias=self.mlp_bias,
-        )
+        width, name = self.intermediate_size, self.hidden_activation
+        mlp = FeedForward(width=width, activation=name, gated=True, bias=self.mlp_bias)
 
         def block(kind: str, first: bool) -> Block:
             near = kind == "sliding_attention"
@@ -133,7 +134,6 @@ class ModernBertConfig(FamilyConfig):
             return Block(sublayers=(own, Sublayer(f=mlp, before=rule, dropout=False)))
 
         first, *rest = [block(kind, i == 0) for i, kind in enumerate(self.kinds)]
-        std = self.initializer_range
         return TransformerConfig(
             hidden=self.hidden_size,
             embedding=Embedding(vocab=self.vocab_size, width=self.hidden_size, norm=rule),
@@ -145,6 +145,6 @@ class ModernBertConfig(FamilyConfig):
                 attention=self.attention_dropout,
                 activation=self.mlp_dropout,
             ),
-            init_std=std,
-            residual_init_std=std / math.sqrt(2 * self.num_hidden_layers),
+            init_std=self.initializer_range,
+            residual_init_std=self.initializer_range / math.sqrt(2 * self.num_hidden_layers),
         )

@@ -32,7 +32,7 @@ class T5Config(FamilyConfig):
 
     model_type: ClassVar[str] = "t5"
     whole_architecture: ClassVar[str | None] = "T5ForConditionalGeneration"
-    limits: ClassVar[str] = "random weights are drawn with one scale"
+    limits: ClassVar[str] = "random weights of one scale; float16 overflows where bfloat16 does not"
     scales_tied: ClassVar[bool] = True
     """A tied head reads states scaled by `d_model ** -0.5`."""
     per_layer: ClassVar[bool] = False
@@ -63,20 +63,16 @@ class T5Config(FamilyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_decoder_layers is None:
-            object.__setattr__(self, "num_decoder_layers", self.num_layers)
         if self.scale_decoder_outputs is None:
             scale = self.scales_tied and self.tie_word_embeddings
             object.__setattr__(self, "scale_decoder_outputs", scale)
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
             self.require(**{name: getattr(self, name)})
-        layers = getattr(self, self.layers_field("decoder"))
-        self.require(num_decoder_layers=layers, layer_norm_epsilon=self.layer_norm_epsilon)
+        self.require(num_decoder_layers=self.layer_count("decoder"))
+        self.require(layer_norm_epsilon=self.layer_norm_epsilon)
         # Half of the one-sided buckets are exact; the rest must have distances to share.
-        buckets, distance = (
-            self.relative_attention_num_buckets,
-            self.relative_attention_max_distance,
-        )
+        buckets = self.relative_attention_num_buckets
+        distance = self.relative_attention_max_distance
         if buckets < 4 or distance <= buckets // 2:
             raise ConfigError(
                 f"relative_attention_num_buckets must be at least 4, and half of it less than "
@@ -101,6 +97,11 @@ class T5Config(FamilyConfig):
         """Name of the field that holds the number of layers."""
         return "num_layers" if role == "encoder" else "num_decoder_layers"
 
+    def layer_count(self, role: Role) -> int:
+        """Number of layers."""
+        own = self.num_decoder_layers
+        return own if role == "decoder" and own is not None else self.num_layers
+
     @property
     def shares_embeddings(self) -> bool:
         """Whatever the head, both halves read one token embedding."""
@@ -123,7 +124,7 @@ class T5Config(FamilyConfig):
             return Sublayer(f=f, before=rule)
 
         mlp = Sublayer(f=self.feed_forward, before=rule)
-        layers = getattr(self, self.layers_field(role))
+        layers = self.layer_count(role)
         scale = self.d_model**-0.5 if self.scale_decoder_outputs else 1.0
         return TransformerConfig(
             hidden=self.d_model,
