@@ -84,6 +84,7 @@ class SafetensorsFile(FileTensors):
         self._start = 8 + length
         header = strict_json(file.read(8, length), f"the header of {self.path}")
         check_tensors(len(header), str(self.path))
+        self._ignored = {}
         self.metadata = _metadata(header.pop("__metadata__", {}), self.path)
         self._tensors = {name: _entry(name, value, self.path) for name, value in header.items()}
         end = 0

@@ -116,8 +116,8 @@ class FileTensors(TensorSource):
     """The tensors of one file, of which the subclass keeps an entry each in `_tensors`."""
 
     _file: BinaryFile
-    _tensors: Mapping[str, Any]
-    _ignored: Mapping[str, str] = {}
+    _tensors: dict[str, Any]
+    _ignored: dict[str, str]
 
     def ignored(self) -> dict[str, str]:
         """Entries of the file that are no tensors of numbers: name -> kind."""
