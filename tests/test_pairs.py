@@ -35,10 +35,12 @@ def close(ours, theirs, tolerance=1e-5):
     return float(error)
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_pair(family):
-    """A family with itself; `test_families.py` has every family with BERT."""
-    check_pair(family, family, "equal, tied", seed=len(family))
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_pair(encoder, decoder):
+    """Half of the pairs in either size; the exhaustive test has all in both."""
+    size = tuple(SIZES)[(ENCODERS.index(encoder) + DECODERS.index(decoder)) % 2]
+    check_pair(encoder, decoder, size, seed=len(encoder + decoder), tolerance=1e-5)
 
 
 @pytest.mark.exhaustive
@@ -46,10 +48,19 @@ def test_pair(family):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_pair_compiled_as_users_do(encoder, decoder, size):
-    check_pair(encoder, decoder, size, seed=101, batch=4, length=13)
+    check_pair(encoder, decoder, size, seed=101, batch=4, length=13, tolerance=1e-5)
 
 
-def check_pair(encoder, decoder, size, seed, batch=3, length=9, record=lambda name, value: None):
+def check_pair(
+    encoder,
+    decoder,
+    size,
+    seed,
+    batch=3,
+    length=9,
+    tolerance=2e-5,
+    record=lambda name, value: None,
+):
     """A random pair computes and generates what PyTorch's does; returns PyTorch's.
 
     `record` is told the largest difference of the logits, scaled, and the number of near-ties.
@@ -77,8 +88,8 @@ def check_pair(encoder, decoder, size, seed, batch=3, length=9, record=lambda na
             theirs.logits.double().flatten(0, 1), as_torch(labels).flatten()
         )
     ours = jax.jit(model.apply)({"params": params}, ids, mask, labels=labels)
-    record("logits", close(ours.logits, theirs.logits, 2e-5))
-    assert abs(float(ours.loss) - loss.item()) <= 2e-6 * max(1.0, loss.item())
+    record("logits", close(ours.logits, theirs.logits, tolerance))
+    assert abs(float(ours.loss) - loss.item()) <= tolerance / 10 * max(1.0, loss.item())
     assert float(ours.loss_weight) == (labels != -100).sum()
 
     ties = 0
