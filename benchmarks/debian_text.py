@@ -56,7 +56,7 @@ def descriptions(lists: Path, language: str) -> dict[str, tuple[str, str]]:
     """Synopsis and description of each text of a language, by the MD5 of the English one."""
     found = {}
     for path in sorted(lists.glob(_translation(language))):
-        for record in _records(path):
+        for record in records(path):
             synopsis, _, text = record.get(f"Description-{language}", "").partition("\n")
             if synopsis and text:
                 found[record["Description-md5"]] = (synopsis.strip(), _joined(text))
@@ -82,7 +82,7 @@ def pairs(lists: Path) -> tuple[list[Pair], list[Pair]]:
     english = descriptions(lists, "en")
     chosen: dict[str, Pair] = {}
     for path in sorted(lists.glob("*_Packages")):
-        for record in _records(path):
+        for record in records(path):
             project = record.get("Source", record["Package"]).split()[0]
             target, source = english.get(record.get("Description-md5", ""), ("", ""))
             words = len(source.split()), len(target.split())
@@ -109,7 +109,7 @@ def _translation(language: str) -> str:
     return f"*_Translation-{language.replace('_', '%5f')}"
 
 
-def _records(path: Path) -> Iterator[dict[str, str]]:
+def records(path: Path) -> Iterator[dict[str, str]]:
     for block in path.read_text(encoding="utf-8").split("\n\n"):
         fields = re.findall(r"^(\S+):[ \t]*(.*(?:\n[ \t].*)*)", block, re.MULTILINE)
         if fields:

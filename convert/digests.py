@@ -28,13 +28,21 @@ _THREADS = 4
 
 def write(folder: Path, files: Iterable[Path]) -> Path:
     """Write the digests of `files`, which lie in `folder`, and nothing else, into SHA256SUMS."""
+    hub.write_bytes(folder / NAME, listing(folder, files))
+    return folder / NAME
+
+
+def listing(folder: Path, files: Iterable[Path]) -> bytes:
+    """What SHA256SUMS says of `files`, which lie in `folder`, as they are now.
+
+    Raises:
+        CheckpointError: a file is none, or cannot be read.
+    """
     files = sorted(files)
-    lines = [
+    return "".join(
         f"{digest}  {file.relative_to(folder).as_posix()}\n"
         for file, digest in zip(files, _digests(files), strict=True)
-    ]
-    hub.write_bytes(folder / NAME, "".join(lines).encode())
-    return folder / NAME
+    ).encode()
 
 
 def check(place: Path) -> None:

@@ -248,6 +248,15 @@ class Shards(TensorSource):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._shard(name)[name]
 
+    @property
+    def mapped(self) -> bool:
+        """As the first of the shards, which are of one format."""
+        return self._shard(next(iter(self._shard_of))).mapped
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, read-only; its numbers are read when touched, where the format allows it."""
+        return self._shard(name).view(name)
+
     def _identity(self, name: str) -> Hashable | None:
         inner = self._shard(name)._identity(name)
         return None if inner is None else (self._shard_of[name], inner)

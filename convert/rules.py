@@ -26,6 +26,8 @@ from jax_encdec.convert.readers import TensorInfo, TensorSource
 from jax_encdec.errors import CheckpointError
 
 Path = tuple[str, ...]
+Box = tuple[tuple[int, int], ...]
+"""A part of a leaf: from where to where, for each dimension."""
 
 
 class HasShape(Protocol):
@@ -230,11 +232,53 @@ class Plan:
         for (path, _), (first, *others) in self.slots.items():
             if not others:
                 continue
-            one = self.read(source, first, path)
+            one = self.read(source, first, path, lazy=True)
             for other in others:
-                if not np.array_equal(one, self.read(source, other, path)):
+                if not np.array_equal(one, self.read(source, other, path, lazy=True)):
                     broken.append((path, first.tensor, other.tensor))
         return broken
+
+    def boxes(
+        self,
+        source: TensorSource,
+        leaves: Mapping[Path, HasShape],
+        dtype: np.dtype,
+        wanted: Mapping[Path, Sequence[Box]],
+    ) -> Iterator[tuple[Path, Box, np.ndarray]]:
+        """Yield parts of the leaves that the file fills, in `dtype`, reading only those parts.
+
+        In memory is one part at a time, where the file can be mapped; else all parts of a leaf
+        and one tensor. Of a tensor whose parts lie scattered, a disk reads what is in between.
+
+        Args:
+            wanted: the parts of each leaf.
+        """
+        for path, indices in self._slices().items():
+            boxes = list(wanted.get(path, ()))
+            for group in [[box] for box in boxes] if source.mapped else [boxes]:
+                parts = [np.empty([stop - start for start, stop in box], dtype) for box in group]
+                for index in indices:
+                    slot, shape = self.slots[path, index][0], leaves[path].shape
+                    # Layer `index` is row `index - start` of the boxes that reach over it.
+                    hits = [
+                        (part, box) if index is None else (part[index - box[0][0]], box[1:])
+                        for part, box in zip(parts, group, strict=True)
+                        if index is None or box[0][0] <= index < box[0][1]
+                    ]
+                    if hits:
+                        piece = self.read(source, slot, path, shape, lazy=True)
+                        for part, box in hits:
+                            part[...] = piece[tuple(slice(*span) for span in box)]
+                        del piece
+                for box in group:
+                    yield path, box, parts.pop(0)
+
+    def _slices(self) -> dict[Path, list[int | None]]:
+        """The layers of each leaf, or None for one that has none."""
+        slices: dict[Path, list[int | None]] = {}
+        for path, index in self.slots:
+            slices.setdefault(path, []).append(index)
+        return slices
 
     def leaves(
         self, source: TensorSource, leaves: Mapping[Path, HasShape], dtype: np.dtype | None
@@ -243,10 +287,7 @@ class Plan:
 
         One leaf and one tensor are in memory at a time.
         """
-        slices: dict[Path, list[int | None]] = {}
-        for path, index in self.slots:
-            slices.setdefault(path, []).append(index)
-        for path, indices in slices.items():
+        for path, indices in self._slices().items():
             out = None
             for index in indices:
                 piece = self.read(source, self.slots[path, index][0], path, leaves[path].shape)
@@ -258,14 +299,21 @@ class Plan:
             yield path, out
 
     def read(
-        self, source: TensorSource, slot: Slot, path: Path, shape: Shape | None = None
+        self,
+        source: TensorSource,
+        slot: Slot,
+        path: Path,
+        shape: Shape | None = None,
+        *,
+        lazy: bool = False,
     ) -> np.ndarray:
         """Read one slot's tensor, or the part of it that is `path`'s.
 
         With the leaf's `shape`, the result is laid out as the leaf (or its slice); without, it
-        stays as published.
+        stays as published. If `lazy`, it is a view of the file, where that can be mapped.
         """
-        tensor = source[self.names[slot.tensor]]
+        name = self.names[slot.tensor]
+        tensor = source.view(name) if lazy else source[name]
         if len(slot.leaves) > 1:
             # Parts of one fused tensor are of one size (queries, keys and values).
             parts = np.split(tensor, len(slot.leaves), axis=slot.layout.axis)

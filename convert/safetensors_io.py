@@ -109,9 +109,23 @@ class SafetensorsFile(FileTensors):
         return self._entry_of(name)[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
+        return as_tensor(self._file.read_array(*self._span(name)), self.info(name))
+
+    @property
+    def mapped(self) -> bool:
+        """True: tensors lie in the file as they are."""
+        return True
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, read-only, whose numbers are read when touched."""
         info = self.info(name)
-        start = self._start + self._tensors[name][1]
-        return as_tensor(self._file.read_array(start, info.nbytes), info)
+        if info.dtype == np.bool_:
+            return self[name]
+        return as_tensor(self._file.map_array(*self._span(name)), info)
+
+    def _span(self, name: str) -> tuple[int, int]:
+        info, begin = self._entry_of(name)
+        return self._start + begin, info.nbytes
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

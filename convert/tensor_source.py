@@ -58,6 +58,15 @@ class TensorSource(Mapping[str, np.ndarray]):
     path: Path
     metadata: Mapping[str, str] = {}
 
+    @property
+    def mapped(self) -> bool:
+        """Whether a `view` reads only what is taken of it; else it is the whole tensor, read."""
+        return False
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor to take parts of, read-only; where `mapped`, numbers are read when touched."""
+        return self[name]
+
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor.
@@ -211,6 +220,18 @@ class BinaryFile:
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {reason(error)}") from None
         return array
+
+    def map_array(self, offset: int, count: int) -> np.ndarray:
+        """Like `read_array`, read-only, and read from the file only where it is touched."""
+        if not 0 <= offset <= offset + count <= self.size or not count:
+            return self.read_array(offset, count)
+        with self._lock:
+            file = self._opened()
+            try:
+                return np.memmap(file, np.uint8, "r", offset, (count,))
+            except (OSError, ValueError):
+                pass  # some file systems cannot
+        return self.read_array(offset, count)
 
     def close(self) -> None:
         """Let go of the file until the next read."""

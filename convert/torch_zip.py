@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,18 +94,34 @@ class TorchTensors(FileTensors):
         return self._entry_of(name)[1]
 
     def __getitem__(self, name: str) -> np.ndarray:
+        # A view with gaps is copied, so that it does not hold on to what lies between.
+        tensor = self._strided(name, self._file.read_array)
+        return tensor if tensor.flags.c_contiguous else tensor.copy(order="C")
+
+    @property
+    def mapped(self) -> bool:
+        """True: storages lie in the file as they are."""
+        return True
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, read-only, whose numbers are read when touched."""
+        if self.info(name).dtype == np.bool_:
+            return self[name]
+        return self._strided(name, self._file.map_array)
+
+    def _strided(self, name: str, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
         info = self.info(name)
         tensor = self._tensors[name][0]
         size = info.dtype.itemsize
         # Of the storage, only what the view spans is read: its size was checked against the file.
         span = _span(tensor) if info.nbytes else 0
         start = self._storages[tensor.storage.key][0] + tensor.offset * size if span else 0
-        flat = as_tensor(self._file.read_array(start, span * size), TensorInfo(info.dtype, (span,)))
+        flat = as_tensor(read(start, span * size), TensorInfo(info.dtype, (span,)))
         if _dense(tensor):
             return flat.reshape(info.shape)
         strides = [0 if n == 1 else s * size for n, s in _axes(tensor)]
         # np.ndarray checks once more that the view stays within its buffer.
-        return np.ndarray(info.shape, info.dtype, flat, 0, tuple(strides)).copy(order="C")
+        return np.ndarray(info.shape, info.dtype, flat, 0, tuple(strides))
 
     def _identity(self, name: str) -> Hashable:
         tensor = self._tensors[name][0]

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_encdec.attention_kernels import Visible, fused_attention
 from jax_encdec.config import Attention, BucketBias, Learned, RelativeTable, Rotary
+from jax_encdec.execution import DEFAULT, Execution, constrain
 from jax_encdec.layers import Param, Params, dense, dense_params, dropout, norm, norm_params
 
 
@@ -66,6 +68,29 @@ def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     if a is None or b is None:
         return a if b is None else b
     return a & b
+
+
+def visible(
+    order: jax.Array,
+    key_mask: jax.Array | None,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    causal: bool,
+) -> Visible:
+    """Who sees whom: tokens of one segment, no pads (`key_mask` `[B, S]` of 0/1), no future.
+
+    `order` is `[1, Q]`, the queries' places in the sequence; segments are `[B, Q]` and `[B, S]`.
+    """
+    mask, segments = None if key_mask is None else padding_mask(key_mask), None
+    if query_segments is not None and key_segments is not None:
+        mask = both(mask, segment_mask(query_segments, key_segments))
+        segments = (query_segments, key_segments)
+    if key_mask is not None:
+        same = (jnp.zeros_like(order), jnp.zeros_like(key_mask, jnp.int32))
+        queries, keys = same if segments is None else segments
+        segments = (queries, jnp.where(key_mask.astype(bool), keys, -1))
+    future = positional_mask(order, order, causal=causal, window=None)
+    return Visible(both(mask, future), mask, causal, segments)
 
 
 def learned_positions(config: Learned, input_ids: jax.Array | None, length: int) -> jax.Array:
@@ -193,7 +218,11 @@ def global_params(params: Params) -> Params:
 
 
 def keys_values(
-    config: Attention, params: Params, states: jax.Array, positions: jax.Array | None
+    config: Attention,
+    params: Params,
+    states: jax.Array,
+    positions: jax.Array | None,
+    execution: Execution = DEFAULT,
 ) -> KV:
     """Project states `[B, S, D]` to keys and values `[B, G, S, H]`."""
     key, value = dense(params["key"], states), dense(params["value"], states)
@@ -202,7 +231,9 @@ def keys_values(
     if config.rotary is not None and positions is not None:
         key = rotate(config.rotary, key, positions)
         value = rotate(config.rotary, value, positions) if config.rotary.values else value
-    return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+    axes = ("act_batch", "act_heads", "act_length", None)
+    key, value = (constrain(execution, jnp.swapaxes(x, 1, 2), *axes) for x in (key, value))
+    return KV(key, value)
 
 
 def attend(
@@ -211,32 +242,66 @@ def attend(
     x: jax.Array,
     kv: KV,
     *,
-    mask: jax.Array | None,
+    visible: Visible,
     bias: jax.Array | None = None,
     relative: Relative | None = None,
     positions: jax.Array | None = None,
     layer: jax.Array | int = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    kernel: str = "dense",
+    execution: Execution = DEFAULT,
+) -> tuple[jax.Array, jax.Array | None]:
     """Attend from states `x` `[B, Q, D]` to keys and values.
 
     Args:
-        mask: boolean, broadcastable to `[B, Q, S]`; False is hidden. A row that hides everything
-            averages all values, so that it stays finite.
+        visible: who may attend to whom. A row that hides everything averages values, so that it
+            stays finite.
         bias: added to the scores, broadcastable to `[B, N, Q, S]`.
         relative: for disentangled attention.
         positions: `[B|1, Q]`, for rotary embeddings.
         layer: this layer's number from zero, for `scale_by_layer`.
+        kernel: as `resolve_attention` chose.
 
     Returns:
-        The output `[B, Q, D]` and the attention weights `[B, N, Q, S]` (float32, before dropout).
+        The output `[B, Q, D]` and the attention weights `[B, N, Q, S]` (float32, before dropout),
+        which only the `dense` kernel has.
     """
     query = dense(params["query"], x)
     if config.qk_norm is not None:
         query = norm(config.qk_norm, params["query_norm"], query)
     if config.rotary is not None and positions is not None:
         query = rotate(config.rotary, query, positions)
+    query = constrain(execution, query, "act_batch", "act_length", "act_heads", None)
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    scale = scale / (layer + 1) if config.scale_by_layer else scale
+    if kernel == "dense":
+        mixing = (dropout_rate, dropout_key)
+        y, weights = _dense_attention(
+            config, params, query, kv, visible.mask, bias, relative, scale, *mixing
+        )
+    else:
+        y, weights = (
+            fused_attention(execution, kernel, config, query, *kv, visible, bias=bias, scale=scale),
+            None,
+        )
+    y = constrain(execution, y, "act_batch", "act_length", "act_heads", None)
+    return dense(params["out"], y, inputs=2), weights
+
+
+def _dense_attention(
+    config: Attention,
+    params: Params,
+    query: jax.Array,
+    kv: KV,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    relative: Relative | None,
+    scale: jax.Array | float,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from queries `[B, Q, N, H]`: `[B, Q, N, H]` and the weights `[B, N, Q, S]`."""
     b, q, n, h = query.shape
     g = config.groups
     query = query.reshape(b, q, g, n // g, h)
@@ -244,8 +309,7 @@ def attend(
     if config.disentangled:
         assert relative is not None
         scores = scores + _position_scores(config, params, query, kv.key, relative)
-    scale = config.head_dim**-0.5 if config.scale is None else config.scale
-    scores = scores * (scale / (layer + 1) if config.scale_by_layer else scale)
+    scores = scores * scale
     if config.softcap is not None:
         scores = config.softcap * jnp.tanh(scores / config.softcap)
     if bias is not None:
@@ -255,7 +319,7 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1)
     mixed = dropout(weights, dropout_rate, dropout_key).astype(kv.value.dtype)
     y = jnp.einsum("bgrqs,bgsh->bqgrh", mixed, kv.value).reshape(b, q, n, h)
-    return dense(params["out"], y, inputs=2), weights.reshape(b, n, q, -1)
+    return y, weights.reshape(b, n, q, -1)
 
 
 def _position_scores(

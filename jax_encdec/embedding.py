@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_encdec.attention import learned_positions
 from jax_encdec.config import Sinusoidal, TransformerConfig
+from jax_encdec.execution import DEFAULT, Execution, constrain
 from jax_encdec.layers import (
     Param,
     Params,
@@ -136,19 +137,36 @@ def head_params(config: TransformerConfig) -> dict[str, Any]:
     return params
 
 
-def logits(config: TransformerConfig, params: Params, states: jax.Array) -> jax.Array:
+def logits(
+    config: TransformerConfig, params: Params, states: jax.Array, execution: Execution = DEFAULT
+) -> jax.Array:
     """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
+    assert config.head is not None
+    y = scores(*head_inputs(config, params, states), config.head.softcap)
+    return constrain(execution, y, "act_batch", "act_length", "act_vocab")
+
+
+def head_inputs(
+    config: TransformerConfig, params: Params, states: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What meets in the head: transformed states `[B, Q, W]`, a kernel `[V, W]`, a bias `[V]`."""
     head, p = config.head, params.get("head", {})
     assert head is not None
     if head.transform is not None:
         states = activation(head.activation)(dense(p["transform"], states))
         states = norm(head.transform, p["norm"], states)
-    kernel = params["embedding"]["token"] if head.tied else p["kernel"]
     states = states * jnp.asarray(head.scale, states.dtype)
+    bias = p["bias"] if head.bias != "none" else None
+    bias = jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias
+    return states, params["embedding"]["token"] if head.tied else p["kernel"], bias
+
+
+def scores(
+    states: jax.Array, kernel: jax.Array, bias: jax.Array | None, softcap: float | None
+) -> jax.Array:
+    """Float32 logits `[B, Q, V]` of transformed states `[B, Q, W]`."""
     y = jnp.einsum(
         "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
     )
-    if head.bias != "none":
-        bias = p["bias"].astype(jnp.float32)
-        y = y + (jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias)
-    return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
+    y = y if bias is None else y + bias.astype(jnp.float32)
+    return y if softcap is None else softcap * jnp.tanh(y / softcap)

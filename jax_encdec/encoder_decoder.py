@@ -1,4 +1,4 @@
-"""The pair: two trunks, one projection, the loss.
+"""The pair: two trunks, one projection, and the forward pass through them to logits or loss.
 
 `EncoderDecoderModel` is a flax.linen module: static and hashable, with `params` a plain nested
 dict. It declares its parameters from the configuration and computes with pure functions, so that
@@ -10,14 +10,12 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 
 from jax_encdec import layers
 from jax_encdec.checks import (
@@ -32,19 +30,19 @@ from jax_encdec.checks import (
 )
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.embedding import logits
-from jax_encdec.encoder_decoder_config import EncoderDecoderConfig, Path
-from jax_encdec.errors import ConfigError, InputError
-from jax_encdec.layers import Params, dense, dense_params, flatten
-from jax_encdec.transformer import transformer
-from jax_encdec.trunk_params import transformer_params
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.errors import InputError
+from jax_encdec.execution import Execution
+from jax_encdec.layers import Params, dense, flatten
+from jax_encdec.loss import IGNORE, LossOutput, cross_entropy, head_loss, shift_right
+from jax_encdec.pair_params import check_tree, model_params, plain_params, with_aliases
+from jax_encdec.token_ids import resolve_ids
+from jax_encdec.transformer import TransformerOutput, transformer
 
 if TYPE_CHECKING:
     import pathlib
 
     from jax_encdec.decoding.engine import GenerationOutput
-
-IGNORE = -100
-"""Label of positions that carry no loss."""
 
 
 @flax.struct.dataclass
@@ -76,61 +74,6 @@ class Seq2SeqLMOutput:
     encoder_attentions: tuple[jax.Array, ...] | None = None
 
 
-# Parameters --------------------------------------------------------------------------------------
-
-
-def model_params(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """Declare every parameter of a pair; tied leaves once, on the encoder's side."""
-    encoder, decoder = config.encoder_trunk, config.decoder_trunk
-    declared = {"encoder": transformer_params(encoder), "decoder": transformer_params(decoder)}
-    if config.projects:
-        declared["enc_to_dec_proj"] = dense_params(
-            {"embed_in": encoder.hidden}, {"embed": decoder.hidden}, bias=True, std=decoder.init_std
-        )
-    flat = flatten(declared)
-    for alias in config.aliases():
-        del flat[alias]
-    return unflatten_dict(flat)
-
-
-def with_aliases(config: EncoderDecoderConfig, params: Params) -> Params:
-    """Show tied leaves under their second name, so that each trunk finds a complete tree."""
-    aliases = config.aliases()
-    if not aliases:
-        return params
-    flat = flatten(params)
-    return unflatten_dict(flat | {alias: flat[leaf] for alias, leaf in aliases.items()})
-
-
-# Loss --------------------------------------------------------------------------------------------
-
-
-def shift_right(
-    labels: jax.Array, start: int | jax.Array, pad: int, segment_ids: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Labels `[B, T]` -> decoder inputs and mask, `[B, T]`: `start`, then all labels but the last.
-
-    Each segment starts anew. The mask is 0 at pads, but never at a start.
-    """
-    opens = jnp.arange(labels.shape[1])[None, :] == 0
-    if segment_ids is not None:
-        opens = opens | (segment_ids != jnp.roll(segment_ids, 1, axis=1))
-    shifted = jnp.roll(labels, 1, axis=1)
-    shifted = jnp.where(opens, start, jnp.where(shifted == IGNORE, pad, shifted))
-    return shifted, (shifted != pad) | opens
-
-
-def cross_entropy(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits `[B, T, V]`, labels `[B, T]` -> summed loss in nats and number of labels counted."""
-    counted = labels != IGNORE
-    safe = jnp.where(counted, labels, 0)
-    # Outside the vocabulary the loss is NaN, never another token's.
-    safe = jnp.where(safe < 0, scores.shape[-1], safe)
-    picked = jnp.take_along_axis(scores, safe[..., None], axis=-1, mode="fill")[..., 0]
-    loss = jax.nn.logsumexp(scores, axis=-1) - picked
-    return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted.astype(jnp.float32))
-
-
 # The model ---------------------------------------------------------------------------------------
 
 
@@ -142,12 +85,14 @@ class EncoderDecoderModel(nn.Module):
         generation_config: this model's defaults for `generate`.
         dtype: of the computation; norms' statistics, softmax, logits and loss are float32.
         param_dtype: of the parameters that `init_params` makes.
+        execution: how it is computed, never what: see `jax_encdec.execution`.
     """
 
     config: EncoderDecoderConfig
     generation_config: GenerationConfig = GenerationConfig()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    execution: Execution = Execution()
 
     def __post_init__(self):
         # One spelling of each dtype, so that equal models are one key of a compilation cache.
@@ -223,9 +168,7 @@ class EncoderDecoderModel(nn.Module):
         if labels is not None:
             labels = check_ids("labels", labels, self.config.target_vocabulary, also=IGNORE)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                check_shape("decoder_segment_ids", decoder_segment_ids, labels.shape)
-                start, pad = self._start(labels, decoder_segment_ids), self.token_id("pad_token_id")
-                decoder_input_ids, shown = shift_right(labels, start, pad, decoder_segment_ids)
+                decoder_input_ids, shown = self._inputs_of(labels, decoder_segment_ids)
                 decoder_mask = shown if decoder_mask is None else decoder_mask
         if encoder_outputs is None:
             encoder_outputs = self.encode(
@@ -263,6 +206,69 @@ class EncoderDecoderModel(nn.Module):
             out, loss=total / jnp.maximum(weight, 1.0), loss_sum=total, loss_weight=weight
         )
 
+    def loss(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        labels: jax.Array | None = None,
+        *,
+        decoder_attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        global_attention_mask: jax.Array | None = None,
+        label_smoothing: float = 0.0,
+        loss_chunk: int | None = None,
+        deterministic: bool = True,
+    ) -> LossOutput:
+        """The loss of targets given sources, for training: `apply(..., method="loss")`.
+
+        The same as `__call__` with labels, but without the logits, of which at most `loss_chunk`
+        positions of each row exist at one time. Other arguments as in `__call__`.
+
+        Args:
+            label_smoothing: the share, at least 0 and below 1, of each label's weight that is
+                spread over the whole vocabulary.
+            loss_chunk: a positive number; None: all positions at once.
+
+        Raises:
+            InputError: as `__call__`.
+        """
+        if labels is None:
+            raise InputError("the loss needs labels [batch, length]; got none")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise InputError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+        if loss_chunk is not None and loss_chunk < 1:
+            raise InputError(f"loss_chunk must be a positive number or None; got {loss_chunk}")
+        labels = check_ids("labels", labels, self.config.target_vocabulary, also=IGNORE)
+        inputs, shown = self._inputs_of(labels, decoder_segment_ids)
+        source = self.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            segment_ids=segment_ids,
+            global_attention_mask=global_attention_mask,
+            deterministic=deterministic,
+        )
+        out = self._decoder_states(
+            inputs,
+            source.last_hidden_state,
+            attention_mask,
+            shown if decoder_attention_mask is None else decoder_attention_mask,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
+        return head_loss(
+            self.config.decoder_trunk,
+            self._tree()["decoder"],
+            out.last_hidden_state,
+            labels,
+            label_smoothing=label_smoothing,
+            chunk=loss_chunk,
+            execution=self.execution,
+        )
+
     def encode(
         self,
         input_ids: jax.Array | None = None,
@@ -294,6 +300,7 @@ class EncoderDecoderModel(nn.Module):
             global_attention_mask=check_global(global_attention_mask, shape, trunk),
             dtype=self.dtype,
             dropout_key=None if deterministic else self.make_rng("dropout"),
+            execution=self.execution,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -317,11 +324,50 @@ class EncoderDecoderModel(nn.Module):
         """Run the decoder on encoder states `[B, S, D_encoder]`; arguments as in `__call__`."""
         if not isinstance(encoder_outputs, EncoderOutput):
             encoder_outputs = EncoderOutput(encoder_outputs)
+        out = self._decoder_states(
+            decoder_input_ids,
+            encoder_outputs.last_hidden_state,
+            encoder_attention_mask,
+            decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_position_ids=decoder_position_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_segment_ids=encoder_segment_ids,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            deterministic=deterministic,
+        )
+        trunk, states = self.config.decoder_trunk, out.last_hidden_state
+        return Seq2SeqLMOutput(
+            logits=logits(trunk, self._tree()["decoder"], states, self.execution),
+            decoder_hidden_states=out.hidden_states,
+            decoder_attentions=out.attentions,
+            cross_attentions=out.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def _decoder_states(
+        self,
+        decoder_input_ids: jax.Array | None,
+        encoder_states: jax.Array,
+        encoder_attention_mask: jax.Array | None,
+        decoder_attention_mask: jax.Array | None,
+        *,
+        decoder_inputs_embeds: jax.Array | None = None,
+        decoder_position_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None,
+        encoder_segment_ids: jax.Array | None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool,
+    ) -> TransformerOutput:
         trunk, params = self.config.decoder_trunk, self._tree()
         decoder_input_ids, shape = check_inputs(
             "decoder_input_ids", decoder_input_ids, decoder_inputs_embeds, trunk
         )
-        states = check_states(encoder_outputs.last_hidden_state, self.config.encoder_trunk.hidden)
+        states = check_states(encoder_states, self.config.encoder_trunk.hidden)
         if states.shape[0] != shape[0]:
             raise InputError(
                 f"source and target must have as many rows; got {states.shape[0]} and {shape[0]}"
@@ -339,7 +385,7 @@ class EncoderDecoderModel(nn.Module):
                 "give segment_ids and decoder_segment_ids together: with one alone, "
                 "cross-attention would mix the segments"
             )
-        out = transformer(
+        return transformer(
             trunk,
             params["decoder"],
             decoder_input_ids,
@@ -354,18 +400,18 @@ class EncoderDecoderModel(nn.Module):
             encoder_segment_ids=encoder_segment_ids,
             dtype=self.dtype,
             dropout_key=None if deterministic else self.make_rng("dropout"),
+            execution=self.execution,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        return Seq2SeqLMOutput(
-            logits=logits(trunk, params["decoder"], out.last_hidden_state),
-            decoder_hidden_states=out.hidden_states,
-            decoder_attentions=out.attentions,
-            cross_attentions=out.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
+
+    def _inputs_of(
+        self, labels: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Decoder inputs `[B, T]` that predict these labels, and their mask."""
+        check_shape("decoder_segment_ids", segment_ids, labels.shape)
+        pad = self.token_id("pad_token_id")
+        return shift_right(labels, self._start(labels, segment_ids), pad, segment_ids)
 
     def _start(self, labels: jax.Array, segment_ids: jax.Array | None) -> int | jax.Array:
         """What opens a target: the start token, or `[B, T]`, its own last label that is no pad."""
@@ -451,60 +497,3 @@ class EncoderDecoderModel(nn.Module):
 def project(params: Params, states: jax.Array) -> jax.Array:
     """Take encoder states `[B, S, D_encoder]` to the decoder's width, where it differs."""
     return dense(params["enc_to_dec_proj"], states) if "enc_to_dec_proj" in params else states
-
-
-# Ids and trees -----------------------------------------------------------------------------------
-
-_FALLBACK = {"decoder_start_token_id": "bos_token_id", "pad_token_id": "eos_token_id"}
-
-
-def resolve_ids(
-    name: str, generation_config: GenerationConfig, config: EncoderDecoderConfig
-) -> tuple[int, ...]:
-    """Every id that `name` stands for: generation config, pair, decoder, then the fallback."""
-    for key in (name, _FALLBACK.get(name)):
-        if key is None:
-            continue
-        decoder = getattr(config.decoder, key, config.decoder.extra.get(key))
-        asked = (getattr(generation_config, key), getattr(config, key, None))
-        for rank, value in enumerate((*asked, decoder)):
-            ids = value if isinstance(value, tuple) else () if value is None else (value,)
-            inside = all(isinstance(i, int) and 0 <= i < config.target_vocabulary for i in ids)
-            if ids and inside:
-                return ids
-            # A family's default id means nothing in a vocabulary that does not hold it; one that
-            # was asked for is a mistake.
-            if ids and rank < len(asked):
-                raise ConfigError(
-                    f"{key} must be within the decoder's vocabulary, "
-                    f"0..{config.target_vocabulary - 1}; got {value}"
-                )
-    raise ConfigError(
-        f"{name} is not defined by the generation config, the config or the decoder's config; "
-        f"set it with {name}=... in EncoderDecoderConfig(...), "
-        f"from_encoder_decoder_pretrained(...) or generate(...)"
-    )
-
-
-def plain_params(params: Any) -> dict[str, Any]:
-    """A plain nested dict of arrays, from it or from what `model.init` returns."""
-    if isinstance(params, Mapping) and set(params) == {"params"}:
-        params = params["params"]
-    if not isinstance(params, Mapping):
-        raise InputError(f"params must be a nested dict of arrays; got {type(params).__name__}")
-    return dict(nn.meta.unbox(params))
-
-
-def check_tree(config: EncoderDecoderConfig, flat: Mapping[Path, Any]) -> None:
-    """Refuse parameters, by path, that are not the model's, naming the first differences."""
-    declared = flatten(model_params(config))
-    problems = [f"{'/'.join(p)} is missing" for p in declared if p not in flat]
-    problems += [f"{'/'.join(p)} is unexpected" for p in flat if p not in declared]
-    problems += [
-        f"{'/'.join(p)} has shape {tuple(flat[p].shape)}, expected {leaf.shape}"
-        for p, leaf in declared.items()
-        if p in flat and tuple(flat[p].shape) != leaf.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"params do not fit the model: {'; '.join(problems[:3])}{more}")

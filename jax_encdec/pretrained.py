@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Sharding
 
 from jax_encdec import hub
 from jax_encdec.convert import digests, rules, tables
 from jax_encdec.convert.readers import TensorSource, open_tensors, write_safetensors
-from jax_encdec.convert.rules import Plan, Report
+from jax_encdec.convert.rules import Box, Plan, Report
 from jax_encdec.decoding.config import GENERATION_KEYS, GenerationConfig
 from jax_encdec.encoder_decoder import (
     EncoderDecoderModel,
@@ -32,9 +34,11 @@ from jax_encdec.encoder_decoder import (
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError
 from jax_encdec.families import FAMILIES
-from jax_encdec.layers import flatten
+from jax_encdec.layers import Param, flatten
 
 Params = dict[str, Any]
+Shardings = Callable[[EncoderDecoderModel], Mapping[str, Any]]
+"""From a model to the `jax.sharding.Sharding` of each parameter, a tree like them."""
 TreePath = tuple[str, ...]
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -97,8 +101,15 @@ def load(
     token: hub.Token = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    shardings: Shardings | None = None,
+    verify: bool = True,
 ) -> Loaded:
-    """Like `from_pretrained`, with the report."""
+    """Like `from_pretrained`, with the report.
+
+    Args:
+        shardings: where each parameter is to live; each process then reads its own parts only.
+        verify: compare the weights with SHA256SUMS, where there is one, which reads them whole.
+    """
     place = hub.resolve(
         path,
         revision=revision,
@@ -107,14 +118,18 @@ def load(
         local_files_only=local_files_only,
     )
     config, generation_config = read_configs(place)
-    digests.check(place)
+    if verify:
+        digests.check(place)
     with open_tensors(place) as source:
         config, plan, report = plan_pair(config, source, where=str(path))
         kind = dtype_of(dtype, source)
-        flat = dict(_arrays(plan, source, config, kind))
-    model = EncoderDecoderModel(
-        config, generation_config=generation_config, dtype=kind, param_dtype=kind
-    )
+        model = EncoderDecoderModel(
+            config, generation_config=generation_config, dtype=kind, param_dtype=kind
+        )
+        declared = flatten(model_params(config))
+        homes = None if shardings is None else flatten(shardings(model))
+        flat = dict(read_leaves(plan, source, declared, kind, homes))
+        flat.update(fresh_values(declared, plan.fresh, jax.random.key(0), kind, homes))
     return Loaded(model, unflatten_dict(flat), {str(path): report})
 
 
@@ -192,22 +207,60 @@ def _untied(config: EncoderDecoderConfig, one: str, other: str) -> EncoderDecode
     return config.replace(decoder=decoder, **({"encoder": decoder} if config.whole else {}))
 
 
-def _arrays(
-    plan: Plan, source: TensorSource, config: EncoderDecoderConfig, dtype: Any
+def read_leaves(
+    plan: Plan,
+    source: TensorSource,
+    declared: Mapping[TreePath, Param],
+    dtype: Any,
+    shardings: Mapping[TreePath, Sharding] | None = None,
 ) -> Iterator[tuple[TreePath, jax.Array]]:
-    declared = flatten(model_params(config))
-    for path, leaf in plan.leaves(source, declared, np.dtype(dtype)):
-        yield path, jnp.asarray(leaf)
-    yield from fresh_values(declared, plan.fresh, jax.random.key(0), dtype)
+    """Read the leaves that a file fills, onto the default device or into their shardings.
+
+    With shardings, a process reads the parts of its own devices, and hands each over before the
+    next, so that no leaf need fit into the memory of one device, nor the model into the host's.
+    """
+    if shardings is None:
+        for path, leaf in plan.leaves(source, declared, np.dtype(dtype)):
+            yield path, jnp.asarray(leaf)
+        return
+    wanted = {path: _boxes(shardings[path], declared[path].shape) for path in declared}
+    placed: list[jax.Array] = []
+    for path, box, part in plan.boxes(source, declared, np.dtype(dtype), wanted):
+        placed += [jax.device_put(part, device) for device in wanted[path][box]]
+        jax.block_until_ready(placed)
+        if len(placed) == sum(map(len, wanted[path].values())):
+            shape = declared[path].shape
+            yield path, jax.make_array_from_single_device_arrays(shape, shardings[path], placed)
+            placed = []
+
+
+def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+    """The parts of a leaf that this process holds, and the devices that hold each."""
+    boxes: dict[Box, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        whole = (*(index or ()), *[slice(None)] * (len(shape) - len(index or ())))
+        box = tuple(s.indices(n)[:2] for s, n in zip(whole, shape, strict=True))
+        boxes.setdefault(box, []).append(device)
+    return boxes
 
 
 def fresh_values(
-    declared: Mapping[TreePath, Any], paths: Sequence[TreePath], key: jax.Array, dtype: Any
+    declared: Mapping[TreePath, Param],
+    paths: Sequence[TreePath],
+    key: jax.Array,
+    dtype: Any,
+    shardings: Mapping[TreePath, Sharding] | None = None,
 ) -> Iterator[tuple[TreePath, jax.Array]]:
-    """Draw the initial values of some leaves; a leaf's do not depend on which others are drawn."""
+    """Draw the initial values of some leaves, onto the default device or into their shardings.
+
+    A leaf's values depend neither on these nor on which others are drawn.
+    """
     numbers = {path: i for i, path in enumerate(declared)}
     for path in paths:
-        yield path, declared[path].value(jax.random.fold_in(key, numbers[path]), dtype)
+        value = partial(declared[path].value, dtype=dtype)
+        if shardings is not None:
+            value = jax.jit(value, out_shardings=shardings[path])
+        yield path, value(jax.random.fold_in(key, numbers[path]))
 
 
 def dtype_of(dtype: Any, source: TensorSource) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_encdec import attention as attn
 from jax_encdec.config import (
@@ -100,10 +101,20 @@ def unstack(config: TransformerConfig, params: Params) -> dict[str, Any]:
     """Turn each segment's stacked leaves into a tuple of per-repeat trees."""
     out = dict(params)
     for i, segment in enumerate(config.segments):
-        period = params[f"segment_{i}"]
-        out[f"segment_{i}"] = tuple(_repeat(segment, period, r) for r in range(segment.repeat))
+        out[f"segment_{i}"] = split_layers(segment, params[f"segment_{i}"])
     return out
 
 
-def _repeat(segment: Segment, period: Any, index: int) -> Any:
-    return period if segment.share else jax.tree.map(lambda leaf: leaf[index], period)
+def split_layers(segment: Segment, period: Any) -> tuple[Any, ...]:
+    """A segment's stacked leaves `[repeat, ...]` as one tree per repeat.
+
+    All at once, so that the gradient of a leaf is its layers' gradients stacked once, where
+    indexing layer by layer would add up as many zero-padded copies of the whole.
+    """
+    if segment.share:
+        return (period,) * segment.repeat
+    leaves, treedef = jax.tree.flatten(period)
+    sizes = (1,) * segment.repeat
+    split = (jax.lax.split(jnp.asarray(leaf), sizes, axis=0) for leaf in leaves)
+    layers = zip(*([jnp.squeeze(part, 0) for part in parts] for parts in split), strict=True)
+    return tuple(jax.tree.unflatten(treedef, layer) for layer in layers)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Sharding
 
 from jax_encdec import hub
 from jax_encdec.config import Role
@@ -32,9 +31,11 @@ from jax_encdec.layers import flatten
 from jax_encdec.pretrained import (
     Loaded,
     Params,
+    Shardings,
     TreePath,
     dtype_of,
     fresh_values,
+    read_leaves,
     refuse_custom_code,
 )
 
@@ -79,6 +80,8 @@ def join(
     token: hub.Token = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    shardings: Shardings | None = None,
+    verify: bool = True,
     **fields: Any,
 ) -> Loaded:
     """Like `from_encoder_decoder_pretrained`, with the report.
@@ -98,6 +101,7 @@ def join(
         revision: branch, tag or commit of both hub repositories; `encoder_revision` and
             `decoder_revision` of one.
         token, cache_dir, local_files_only: as in `from_pretrained`.
+        shardings, verify: as in `pretrained.load`.
         **fields: `encoder_...` and `decoder_...` change fields of the configurations, as in
             `decoder_hidden_dropout_prob=0.2`.
     """
@@ -142,14 +146,15 @@ def join(
     for role, side in sides.items():
         if side.place is None:
             continue
-        config, report = side.load(role, config, flat, kind)
+        config, report = side.load(role, config, flat, kind, shardings, verify)
         reports[role] = report
     declared = flatten(model_params(config))
+    homes = _homes(config, kind, shardings)
     if cross_attention == "self":
-        flat.update(_copied(declared, flat))
+        flat.update(_copied(declared, flat, homes))
     absent = [path for path in declared if path not in flat]
     seed = jax.random.key(0) if key is None else key
-    flat.update(fresh_values(declared, absent, seed, kind))
+    flat.update(fresh_values(declared, absent, seed, kind, homes))
     config = _with_ids(config, sides["decoder"].place)
     model = EncoderDecoderModel(config, dtype=kind, param_dtype=kind)
     return Loaded(model, unflatten_dict({p: flat[p] for p in declared}), reports)
@@ -194,11 +199,18 @@ class _Side:
         return cls(config, place, taken, str(name))
 
     def load(
-        self, role: Role, config: EncoderDecoderConfig, flat: dict[TreePath, jax.Array], dtype: Any
+        self,
+        role: Role,
+        config: EncoderDecoderConfig,
+        flat: dict[TreePath, jax.Array],
+        dtype: Any,
+        shardings: Shardings | None,
+        verify: bool,
     ) -> tuple[EncoderDecoderConfig, Report]:
         """Read this side into `flat`; return the pair's configuration, untied where the file is."""
         assert self.place is not None
-        digests.check(self.place)
+        if verify:
+            digests.check(self.place)
         with open_tensors(self.place) as source:
             while True:
                 # The side on its own: complete, whatever the pair shares.
@@ -225,12 +237,20 @@ class _Side:
                     stacklevel=5,
                 )
                 config = config.replace(**{role: side.replace(tie_word_embeddings=False)})
-            aliases = config.aliases()
-            for path, leaf in plan.leaves(source, declared, np.dtype(dtype)):
-                home = aliases.get(path, path)
-                if home not in flat:
-                    flat[home] = jnp.asarray(leaf)
+            aliases, homes = config.aliases(), _homes(config, dtype, shardings)
+            own = None if homes is None else {p: homes[aliases.get(p, p)] for p in declared}
+            for path, leaf in read_leaves(plan, source, declared, dtype, own):
+                flat.setdefault(aliases.get(path, path), leaf)
         return config, plan.report
+
+
+def _homes(
+    config: EncoderDecoderConfig, dtype: Any, shardings: Shardings | None
+) -> Mapping[TreePath, Sharding] | None:
+    """The sharding of each leaf of the pair, by path."""
+    if shardings is None:
+        return None
+    return flatten(shardings(EncoderDecoderModel(config, dtype=dtype, param_dtype=dtype)))
 
 
 def _single_config(data: Mapping[str, Any], where: str) -> FamilyConfig:
@@ -243,7 +263,9 @@ def _single_config(data: Mapping[str, Any], where: str) -> FamilyConfig:
 
 
 def _copied(
-    declared: Mapping[TreePath, Any], flat: Mapping[TreePath, jax.Array]
+    declared: Mapping[TreePath, Any],
+    flat: Mapping[TreePath, jax.Array],
+    homes: Mapping[TreePath, Sharding] | None,
 ) -> dict[TreePath, jax.Array]:
     """Cross-attention leaves as copies of self-attention's."""
     copies = {}
@@ -258,7 +280,7 @@ def _copied(
                 f"shapes of its cross-attention; {'/'.join(path)} has {leaf.shape}, its twin "
                 f"{None if source is None else source.shape}"
             )
-        copies[path] = source
+        copies[path] = source if homes is None else jax.device_put(source, homes[path])
     return copies
 
 

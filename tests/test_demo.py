@@ -9,16 +9,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
-from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
+from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline, TokenizerPair
 from jax_encdec.cli import dates, demo
 
 # One worker trains once for all of these.
 pytestmark = pytest.mark.xdist_group("demo")
 
 FILES = {
+    "README.md",
     "SHA256SUMS",
     "config.json",
     "demo.json",
@@ -26,7 +26,10 @@ FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "training",
 }
+DATED = {"README.md", "training"}
+"""What says when, and how fast, it was trained."""
 
 
 def run(*arguments: str) -> tuple[str, str]:
@@ -62,10 +65,10 @@ def finished(tmp_path_factory, few_held_out):
     folder = tmp_path_factory.mktemp("demo") / "new folder"
     train, kept = demo.train, []
 
-    def keeping(model, params, batches):
-        params, losses = train(model, params, batches)
-        kept.extend([model, params])
-        return params, losses
+    def keeping(*args):
+        result, losses = train(*args)
+        kept.extend([result.model, result.params])
+        return result, losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "train", keeping)
@@ -80,11 +83,18 @@ def test_a_short_run_trains_saves_and_says_so(finished):
     assert f"jax-encdec generate --model '{folder}'" in out  # quoted for the shell: it has a space
     assert "6/6" in err
     assert "loss" in err
-    assert "examples/s" in err
+    assert "tokens/s" in err
     record = json.loads((folder / "demo.json").read_text())
     assert (record["steps"], record["seed"], len(record["losses"])) == (6, 3, 6)
     assert record["losses"][-1] < record["losses"][0]
     assert 0.0 <= record["exact_match"] <= 1.0
+
+
+def test_how_it_was_trained_lies_beside_the_model(finished):
+    training = finished.folder / "training"
+    assert {"config.toml", "metrics.jsonl", "report.md"} <= {f.name for f in training.iterdir()}
+    assert "6 of 6 steps" in (training / "report.md").read_text()
+    assert "Text2TextPipeline" in (finished.folder / "README.md").read_text()
 
 
 def test_the_table_shows_held_out_examples_as_the_saved_model_decodes_them(finished):
@@ -102,39 +112,22 @@ def test_the_table_says_what_is_right_and_what_would_have_been():
 
 
 def test_the_saved_folder_generates_as_the_trained_parameters_do(finished):
-    batches = demo.make_batches(_tokenizer(), _examples())
-    ids, mask = batches.input_ids[0], batches.attention_mask[0]
-    model, params = EncoderDecoderModel.from_pretrained(finished.folder)
-    here = finished.model.generate(finished.params, ids, attention_mask=mask)
-    there = model.generate(params, ids, attention_mask=mask)
-    np.testing.assert_array_equal(here.sequences, there.sequences)
-    np.testing.assert_array_equal(here.sequences_scores, there.sequences_scores)
+    texts = [text for text, _ in dates.make_examples("heldout", 40, 3)]
+    tokenizers = TokenizerPair.from_pretrained(finished.folder)
+    here = Text2TextPipeline(finished.model, finished.params, tokenizers)
+    assert here(texts) == Text2TextPipeline.from_pretrained(finished.folder)(texts)
 
 
 def test_the_same_seed_gives_the_same_model_in_the_place_of_an_earlier_demo(finished, tmp_path):
-    for name in FILES:
+    for name in FILES - {"training"}:
         (tmp_path / name).write_text("earlier")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "old.md").write_text("earlier")
     run("--output", str(tmp_path), "--steps", "6", "--seed", "3")
     assert {file.name for file in tmp_path.iterdir()} == FILES
-    for name in FILES:  # demo.json holds every step's loss
+    assert not (tmp_path / "training" / "old.md").exists()
+    for name in FILES - DATED:  # demo.json holds every step's loss
         assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes(), name
-
-
-def _examples():
-    return dates.make_examples("train", demo.BATCH_SIZE, 3)
-
-
-def _tokenizer():
-    examples = dates.make_examples("train", demo.TOKENIZER_TEXTS, 3)
-    return dates.train_tokenizer(text for example in examples for text in example)
-
-
-def test_labels_end_with_sep_and_do_not_begin_with_cls():
-    tokenizer, examples = _tokenizer(), _examples()
-    batches = demo.make_batches(tokenizer, examples)
-    assert batches.labels.shape == (1, demo.BATCH_SIZE, 11)  # YYYY-MM-DD and [SEP]
-    assert (batches.labels[..., -1] == tokenizer.sep_token_id).all()
-    assert tokenizer.decode_batch(batches.labels[0]) == [iso for _, iso in examples]
 
 
 def test_pytorch_opens_the_folder_and_generates_the_same(finished):
@@ -179,13 +172,13 @@ def test_a_seed_out_of_range_is_refused(tmp_path, seed):
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch, existing):
-    def interrupted(self, folder):
-        (Path(folder) / "tokenizer.json").write_text("half")
+    def interrupted(work, folder):
+        (folder / "tokenizer.json").write_text("half")
         raise KeyboardInterrupt
 
-    # After the weights are written, in the middle of the tokenizer.
-    monkeypatch.setattr("jax_encdec.tokenization.Tokenizer.save", interrupted)
-    monkeypatch.setattr(demo, "train", lambda model, params, batches: (params, []))
+    # When all is trained, while its files are put in place.
+    monkeypatch.setattr(demo, "train", lambda *_: (None, []))
+    monkeypatch.setattr(demo, "adopt", interrupted)
     output = tmp_path / "demo"
     if existing:
         output.mkdir()

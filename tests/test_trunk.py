@@ -21,6 +21,7 @@ from trunks import lively
 
 from jax_encdec import EncoderDecoderConfig, EncoderDecoderModel, layers
 from jax_encdec.attention import attend, attention_params, keys_values, learned_positions
+from jax_encdec.attention_kernels import Visible
 from jax_encdec.config import Attention, Dropout, TransformerConfig
 from jax_encdec.families import (
     AlbertConfig,
@@ -236,7 +237,8 @@ def test_a_query_that_sees_nothing_averages_all_values():
     x = jax.random.normal(jax.random.key(1), (2, 3, 16))
     kv = keys_values(config, params, x, None)
     mask = jnp.zeros((2, 3, 3), bool).at[0].set(True)
-    out, weights = attend(config, params, x, kv, mask=mask, bias=5 * jnp.ones((1, 4, 3, 3)))
+    bias = 5 * jnp.ones((1, 4, 3, 3))
+    out, weights = attend(config, params, x, kv, visible=Visible(mask), bias=bias)
     np.testing.assert_allclose(weights[1], 1 / 3, rtol=1e-6)
     assert float(jnp.abs(weights[0] - 1 / 3).max()) > 0.01
     mean = jnp.einsum("ghd,gh->d", params["out"]["kernel"], kv.value[1].mean(axis=1))

@@ -13,13 +13,13 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax_encdec
 from jax_encdec.errors import EncDecError, InputError, nearest
 
-COMMANDS = ("demo", "generate", "inspect", "convert")
+COMMANDS = ("demo", "train", "evaluate", "generate", "inspect", "convert")
 PROGRAM = "jax-encdec"
 _MAX_MESSAGE = 2000
 
@@ -27,8 +27,18 @@ _MAX_MESSAGE = 2000
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `InputError` where argparse prints its usage and exits."""
 
+    later: Callable[[Parser], None] | None = None
+    """Adds the options of a command that has many; called only when that command is."""
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As argparse's, once all options are there."""
+        if self.later is not None:
+            add, self.later = self.later, None
+            add(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line in one sentence."""

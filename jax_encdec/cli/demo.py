@@ -1,11 +1,9 @@
 """`jax-encdec demo`: train a small BERT2BERT from nothing, measure it, save it, in minutes.
 
 The task is to read dates as people write them, `the 3rd of May, 1998` -> `1998-05-03`. Every
-training example is new, so there are no epochs: one array of all batches, one jitted step, one
-loop. What is measured is the model as read back from what was saved; the output folder gets it
-only when all is done.
-
-Axis letters: B batch, S source length, T target length.
+training example is new, so that one epoch is all. The training is `jax_encdec.training.train`, as
+anybody calls it from Python. What is measured is the model as read back from what was saved; the
+output folder gets it only when all is done.
 """
 
 from __future__ import annotations
@@ -15,21 +13,19 @@ import contextlib
 import json
 import os
 import shlex
-import sys
+import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jax_encdec.cli.generate import positive
 from jax_encdec.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jax_encdec import EncoderDecoderModel, Tokenizer
+    from jax_encdec.training.config import TrainingConfig
+    from jax_encdec.training.loop import TrainResult
 
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 1e-3
@@ -38,6 +34,9 @@ HELD_OUT = 2_000
 SHOWN = 10
 MARK = "demo.json"
 """What was measured; and by it, the demo knows a folder as its own."""
+TRAINING = "training"
+"""The folder, inside the output, of how it was trained: configuration, metrics, report."""
+KEPT = ("config.toml", "metrics.jsonl", "report.md", "curves")
 
 Example = tuple[str, str]
 """A date as people write it, and the same in ISO 8601."""
@@ -90,11 +89,9 @@ def run(args: argparse.Namespace) -> int:
         params = model.init_params(jax.random.key(args.seed))
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         print(f"model: BERT encoder, BERT decoder, {size:,} parameters, all random so far")
-        batches = make_batches(tokenizer, examples[:count])
-        params, losses = train(model, params, batches)
-
-        model.save_pretrained(folder, params)
-        tokenizer.save(folder)
+        work = folder / ".run"
+        _, losses = train(model, params, tokenizer, examples[:count], configure(work, args))
+        adopt(work, folder)
         held_out = dates.make_examples("heldout", HELD_OUT, args.seed)
         pipe = Text2TextPipeline.from_pretrained(folder)
         predictions = pipe([text for text, _ in held_out], batch_size=250)
@@ -141,78 +138,66 @@ def build_model(tokenizer: Tokenizer) -> EncoderDecoderModel:
     return EncoderDecoderModel(config, generation_config=GenerationConfig(max_length=16))
 
 
-class Batch(NamedTuple):
-    """What one step learns from, or with one more axis in front, what all steps do."""
+def configure(folder: Path, args: argparse.Namespace) -> TrainingConfig:
+    """How it is trained: all defaults but these."""
+    from jax_encdec.training.config import RunConfig, TrainingConfig
+    from jax_encdec.training.data_config import DataConfig
+    from jax_encdec.training.optimizer_config import OptimizerConfig
 
-    input_ids: np.ndarray
-    """`[B, S]` int32, padded."""
-    attention_mask: np.ndarray
-    """`[B, S]` int32, 0 for pads."""
-    labels: np.ndarray
-    """`[B, T]` int32, ending with [SEP]; -100 where there is nothing to predict."""
-
-
-def make_batches(tokenizer: Tokenizer, examples: Sequence[Example]) -> Batch:
-    """All batches at once, `[steps, B, ...]`: one shape, so that the step is compiled once."""
-    import numpy as np
-
-    texts, dates = zip(*examples, strict=True)
-    input_ids, mask = tokenizer.batch(texts, buckets=None)
-    targets, target_mask = tokenizer.batch(dates, buckets=None)
-    # The model puts the start token before the labels itself; [CLS] is not one of them.
-    labels = np.where(target_mask, targets, -100)[:, 1:]
-    return Batch(*(x.reshape(-1, BATCH_SIZE, x.shape[1]) for x in (input_ids, mask, labels)))
-
-
-def train(model: EncoderDecoderModel, params: Any, batches: Batch) -> tuple[Any, list[float]]:
-    """Take one step per batch. Returns the trained parameters and each step's loss in nats."""
-    import jax
-    import optax
-    from tqdm import tqdm
-
-    steps = len(batches.labels)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.warmup_cosine_decay_schedule(0.0, PEAK_LEARNING_RATE, steps // 10, steps),
+    return TrainingConfig(
+        # One shape of batches, so that the step is compiled once.
+        data=DataConfig(batch_size=BATCH_SIZE, max_shapes=1, workers=0),
+        optimizer=OptimizerConfig(
+            learning_rate=PEAK_LEARNING_RATE,
+            schedule="cosine",
+            warmup_steps=args.steps // 10,
             b2=0.98,
             weight_decay=0.01,
         ),
+        run=RunConfig(
+            output=str(folder), steps=args.steps, seed=args.seed, save_every=None, keep_best=0
+        ),
     )
 
-    @partial(jax.jit, donate_argnames=("params", "state"))
-    def step(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-        def loss(params: Any) -> jax.Array:
-            out: Any = model.apply(
-                {"params": params},
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                labels=batch.labels,
-            )
-            return out.loss
 
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
+def train(
+    model: EncoderDecoderModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+) -> tuple[TrainResult, list[float]]:
+    """Train into the folder of `config`; what became of it, and each step's loss in nats."""
+    from jax_encdec import TokenizerPair
+    from jax_encdec.training import loop
+    from jax_encdec.training.callbacks import Callback
 
-    state = optimizer.init(params)
     losses: list[float] = []
-    # Where the bar cannot be redrawn in place, seldom is enough.
-    every = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, unit="step", desc="compiling", mininterval=every) as bar:
-        began = time.perf_counter()
-        for number in range(steps):
-            params, state, value = step(params, state, Batch(*(x[number] for x in batches)))
-            losses.append(float(value))
-            if number == 0:
-                began = time.perf_counter()
-                bar.set_description("training")
-                bar.unpause()
-            else:
-                rate = number * BATCH_SIZE / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {losses[-1]:.4f}, {rate:.0f} examples/s", refresh=False)
-            bar.update()
-    return params, losses
+
+    class Losses(Callback):
+        def on_step(self, run: Any, metrics: Mapping[str, float]) -> None:
+            losses.append(metrics["loss"])
+
+    result = loop.train(
+        config,
+        callbacks=[Losses()],
+        model=model,
+        params=params,
+        tokenizers=TokenizerPair(source=tokenizer, target=tokenizer),
+        train_data=examples,
+    )
+    return result, losses
+
+
+def adopt(work: Path, folder: Path) -> None:
+    """Take the model, and the record of how it was trained, out of the folder of a run."""
+    for file in (work / "model").iterdir():
+        os.replace(file, folder / file.name)
+    (folder / TRAINING).mkdir()
+    for name in KEPT:
+        if (work / name).exists():
+            os.replace(work / name, folder / TRAINING / name)
+    shutil.rmtree(work)
 
 
 # Showing and saving ------------------------------------------------------------------------------
@@ -244,6 +229,8 @@ def _unfinished(output: Path) -> Iterator[Path]:
             yield Path(folder)
             # config.json comes last: without it, a folder is no model.
             for file in sorted(Path(folder).iterdir(), key=lambda f: f.name == "config.json"):
+                if file.is_dir():
+                    shutil.rmtree(output / file.name, ignore_errors=True)
                 os.replace(file, output / file.name)
     finally:
         if not any(output.iterdir()):

@@ -1,0 +1,632 @@
+"""The training loop: steps, and what is due between them; from a fresh start or a checkpoint.
+
+    result = train(TrainingConfig(...))
+    result = train(config, model=model, tokenizers=tokenizers, train_data=[("a", "b"), ...])
+
+The device never waits for the host: batches are prepared ahead in a thread, and a step's numbers
+are read when the next ones are on their way. What a run does is a function of its configuration
+and data; it may be stopped (signal, Ctrl-C, a callback, the clock) after any step and goes on from
+its checkpoint as if it had not been.
+
+In a job of several processes all of them call `train` with the same arguments; process 0 writes
+metrics, report and model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jax_encdec import hub
+from jax_encdec.encoder_decoder import EncoderDecoderModel
+from jax_encdec.errors import EncDecError, InputError
+from jax_encdec.tokenization import TokenizerPair
+from jax_encdec.training import evaluation, report, run_folder
+from jax_encdec.training.assemble import Given, Pairs, Parts, assemble, facts, flops_of
+from jax_encdec.training.batches import prefetch
+from jax_encdec.training.callbacks import EarlyStopping, Stop, best_index, check_callbacks, notify
+from jax_encdec.training.checkpoint import Checkpoints
+from jax_encdec.training.config import TrainingConfig
+from jax_encdec.training.config_io import to_toml
+from jax_encdec.training.dataset import TokenizedData
+from jax_encdec.training.distributed import EXIT_STOPPED, stop_on_signals
+from jax_encdec.training.gather import agreed, first_process, gathered, in_parts, on_first_process
+from jax_encdec.training.progress import Bar, Meter, MetricsLog, TensorBoard
+from jax_encdec.training.sharding import data_shard, to_global
+
+IN_FLIGHT = 2
+"""Steps handed to the device whose numbers have not been read yet."""
+
+Stopped = Literal["finished", "callback", "minutes", "interrupted", "signal"]
+
+
+class NonFiniteError(EncDecError):
+    """A loss or gradient was not finite; the last checkpoint is of before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What became of a run."""
+
+    folder: Path
+    step: int
+    """Updates taken, those before a resume included."""
+    stopped: Stopped
+    """`finished`, `callback` and `minutes` leave a finished folder; after `signal` there is a
+    checkpoint to go on from, and no new model."""
+    why: str
+    """The same in words."""
+    metrics: Mapping[str, Any]
+    """The last line of training, of validation, and of test, by its `kind`."""
+    best: tuple[int, float] | None
+    """Step and value of the best evaluation by `run.best_metric`."""
+    model: EncoderDecoderModel
+    params: Any
+    """The parameters of model/: the best or the last ones, averaged if an average is kept."""
+    params_step: int
+    """Whose they are."""
+    tokenizers: TokenizerPair
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 0, or `EXIT_STOPPED` when a signal ended the run before its end."""
+        return EXIT_STOPPED if self.stopped == "signal" else 0
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    callbacks: Sequence[Any] = (),
+    model: EncoderDecoderModel | None = None,
+    params: Any = None,
+    tokenizers: TokenizerPair | None = None,
+    train_data: Pairs | TokenizedData | None = None,
+    validation_data: Pairs | TokenizedData | None = None,
+    test_data: Pairs | TokenizedData | None = None,
+) -> TrainResult:
+    """Train as a configuration says; or go on with the run that is in `config.run.output`.
+
+    Args:
+        config: everything about the run; see `TrainingConfig`.
+        callbacks: see `Callback`; they may stop the run.
+        model: instead of `config.model`'s, used as it is: precision and execution of `config` do
+            not touch it.
+        params: of `model`; your tree stays as it is. None: drawn from `config.run.seed`.
+        tokenizers: of both sides, instead of `config.model`'s.
+        train_data, validation_data, test_data: (source, target) texts, instead of `config.data`'s
+            files.
+
+    Returns:
+        What became of the run. A run that SIGTERM stops has saved a checkpoint and says so
+        (`stopped == "signal"`).
+
+    Raises:
+        EncDecError: the configuration, a file or an argument cannot be used.
+        NonFiniteError: the loss became infinite or not a number.
+        KeyboardInterrupt: Ctrl-C, after the step in flight was finished and saved; a second one
+            does not wait.
+    """
+    began = time.monotonic()
+    callbacks = check_callbacks(callbacks)
+    if not isinstance(config, TrainingConfig):
+        raise InputError(f"config must be a TrainingConfig; got {type(config).__name__}")
+    config = config.resolved(devices=jax.device_count(), platform=jax.default_backend())
+    given = Given(
+        model=model,
+        params=params,
+        tokenizers=tokenizers,
+        train=train_data,
+        validation=validation_data,
+        test=test_data,
+    )
+    folder = Path(config.run.output)
+    on_first_process(lambda: run_folder.check(config.run))
+    parts = assemble(config, given, folder=folder, resuming=run_folder.saved(config.run))
+    # Nothing was written until here: what is wrong with a configuration leaves no trace.
+    on_first_process(lambda: run_folder.make(config.run))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                folder / run_folder.CHECKPOINTS,
+                keep=config.run.keep,
+                keep_best=config.run.keep_best,
+                best_metric=config.run.best_metric,
+                best_mode=config.run.best_mode,
+            )
+        )
+        run = stack.enter_context(Run(parts, folder, checkpoints, callbacks, began))
+        return run._go()
+
+
+class Run:
+    """A run while it goes on: what callbacks are given.
+
+    Attributes:
+        config: resolved.
+        folder: of the run.
+        model, tokenizers, mesh: what is trained, and where.
+        state: the newest `TrainState`, perhaps still being computed. It is given away at the next
+            step: copy what you want to keep.
+        step: updates handed to the device so far.
+        total_steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        folder: Path,
+        checkpoints: Checkpoints,
+        callbacks: Sequence[Any],
+        began: float,
+    ):
+        self.parts, self.config, self.folder = parts, parts.config, folder
+        self.model, self.tokenizers, self.mesh = parts.model, parts.tokenizers, parts.mesh
+        self.total_steps = parts.total_steps
+        self.state: Any = None
+        self.step = 0
+        self._checkpoints, self._began = checkpoints, began
+        self._own = self._observers()
+        self._callbacks = (*self._own, *callbacks)
+        self._log = MetricsLog(None, step=0)
+        self._meter: Meter | None = None
+        self._pending: deque[tuple[int, tuple[int, int, int], dict[str, jax.Array]]] = deque()
+        self._covered: list[dict[str, float]] = []
+        self._shapes: set[tuple[int, int, int]] = set()
+        self._compiling = 0.0
+        self._stop: Stop | None = None
+        self._saved = -1
+        self._why = ""
+
+    def _observers(self) -> tuple[Any, ...]:
+        """The callbacks that the configuration asks for."""
+        run, found = self.config.run, []
+        if first_process() and run.progress:
+            found.append(Bar())
+        if first_process() and run.tensorboard:
+            found.append(TensorBoard(self.folder / run_folder.TENSORBOARD))
+        if run.patience is not None:
+            found.append(EarlyStopping(run.best_metric, mode=run.best_mode, patience=run.patience))
+        return tuple(found)
+
+    # What callbacks read ------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """The parameters that are evaluated and become the model: averaged, if that is asked."""
+        return self.state.params if self.state.ema is None else self.state.ema
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluation lines of metrics.jsonl so far."""
+        return self._log.of("evaluate")
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best evaluation by `run.best_metric`."""
+        name = self.config.run.best_metric
+        index = best_index(
+            [record.get(name) for record in self.evaluations], self.config.run.best_mode
+        )
+        if index is None:
+            return None
+        record = self.evaluations[index]
+        return record["step"], record[name]
+
+    # From start to end --------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        for observer in self._own:
+            if hasattr(observer, "close"):
+                observer.close()
+        if error is not None and self.state is not None:
+            words = "it was interrupted" if kind is KeyboardInterrupt else f"of an error: {error}"
+            self._write_end(self._why or words)
+        self._log.close()
+
+    def _go(self) -> TrainResult:
+        notes = self._begin()
+        with stop_on_signals() as self._signals:
+            self._tell("on_start")
+            for note in notes:
+                self._say(note)
+            try:
+                stopped, self._why = self._steps()
+                if stopped not in ("signal", "interrupted"):
+                    return self._finish(stopped)
+            except _Interrupted:
+                stopped, self._why = self._signalled()
+            self._save()
+            self._checkpoints.wait()
+        self._say(f"{self._why}; saved step {self.step} in {self.folder}")
+        if stopped == "interrupted":
+            raise KeyboardInterrupt
+        self._write_end(self._why)
+        return self._result(stopped, self.params, self.step)
+
+    def _begin(self) -> list[str]:
+        """Make or restore the state, open the record; what there is to say of it."""
+        parts, run = self.parts, self.config.run
+        notes = list(parts.notes)
+        restored = None
+        if self._checkpoints.steps():
+            restored = self._checkpoints.restore(parts.abstract_state())
+        if restored is None:
+            if run.resume == "always":
+                raise InputError(f"{self.folder} holds no checkpoint that could be used")
+            self.state = parts.initial()
+        else:
+            parts.batches.check(restored.extra["data"])
+            self.state, self.step = restored.state, restored.step
+            self._saved = self.step
+            notes += [*restored.notes, f"going on with {self.folder} from step {self.step}"]
+        if first_process():
+            self._log = MetricsLog(self.folder / run_folder.METRICS, step=self.step)
+            hub.write_bytes(self.folder / run_folder.CONFIG, to_toml(self.config).encode())
+            if restored is None:
+                run_folder.save_start(self.folder, self.model, self.tokenizers)
+            values = {"started": _now(), "from_step": self.step, **report.environment()}
+            values |= facts(parts) | {"notes": notes}
+            report.write_session(self.folder, values)
+        elif restored is not None:
+            self._log.records.extend(restored.extra["evaluations"])
+        flops, peak = flops_of(parts)
+        self._meter = Meter(flops, peak=peak)
+        return notes
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def _steps(self) -> tuple[Stopped, str]:
+        """Take steps until all are taken or something stops the run; why it ended."""
+        # A run killed between a step and its evaluation owes it.
+        if self.step and self._wants_evaluation() and self.step not in self._evaluated():
+            self._evaluate()
+        parts = self.parts
+        index, count = data_shard(parts.mesh)
+        batches = prefetch(
+            parts.batches,
+            self.step,
+            stop_step=self.total_steps,
+            process_index=index,
+            process_count=count,
+            transform=lambda batch: to_global(batch, parts.mesh),
+        )
+        with contextlib.closing(batches):
+            while self.step < self.total_steps:
+                if asked := self._asked():
+                    return asked
+                self._one_step(next(batches))
+                if self._wants_evaluation():
+                    self._evaluate()
+                if self._wants_save():
+                    self._save()
+            self._drain()
+        return self._asked(agree=True) or ("finished", "all steps were taken")
+
+    def _one_step(self, batch: Mapping[str, jax.Array]) -> None:
+        """Hand a step to the device; read the numbers of one that it has finished."""
+        assert self._meter is not None
+        rows, source = batch["input_ids"].shape
+        shape = rows, source, batch["labels"].shape[1]
+        if shape not in self._shapes:
+            # Nothing else is under way, so that the time measured is the compiler's.
+            self._drain()
+            began = time.monotonic()
+            with self._meter.paused():
+                self.state, metrics = self.parts.step(self.state, batch)
+            self._shapes.add(shape)
+            self._compiling += time.monotonic() - began
+        else:
+            self.state, metrics = self.parts.step(self.state, batch)
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self.step += 1
+        self._pending.append((self.step, shape, metrics))
+        while len(self._pending) > IN_FLIGHT:
+            self._arrived()
+
+    def _drain(self) -> None:
+        """Wait for the device and read all numbers."""
+        while self._pending:
+            self._arrived()
+
+    def _arrived(self) -> None:
+        """Read the numbers of the oldest step under way."""
+        assert self._meter is not None
+        step, shape, arrays = self._pending.popleft()
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        if not metrics["finite"] and self.config.run.on_non_finite == "stop":
+            self._non_finite(step, metrics)
+        self._meter.step(shape, metrics["source_tokens"] + metrics["target_tokens"])
+        self._covered.append(metrics)
+        self._tell("on_step", {"step": step, **metrics})
+        if step % self.config.run.log_every == 0:
+            self._write_line(step)
+
+    def _non_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        names = [n for n in ("loss", "grad_norm") if not np.isfinite(metrics[n])]
+        what = " and ".join(f"the {n} ({metrics[n]})" for n in names).replace(
+            "grad_norm", "gradient's norm"
+        )
+        saved = self._checkpoints.steps()
+        last = (
+            f"the checkpoint of step {saved[-1]} stays" if saved else "there is no checkpoint yet"
+        )
+        self._why = f"{what} of step {step} was not finite"
+        raise NonFiniteError(
+            f"{what} of step {step} is not finite, and the run stops; {last} in {self.folder}: "
+            f"lower the learning rate or lengthen the warm-up, or set "
+            f"run.on_non_finite = 'continue' to go on regardless"
+        )
+
+    def _write_line(self, step: int) -> None:
+        """A training line over the steps since the last one."""
+        assert self._meter is not None
+        covered, self._covered = self._covered, []
+        tokens = sum(m["target_tokens"] for m in covered)
+
+        def mean(name: str) -> float:
+            return sum(m[name] * m["target_tokens"] for m in covered) / max(tokens, 1.0)
+
+        values: dict[str, Any] = {
+            "steps": len(covered),
+            "loss": mean("loss"),
+            "objective": mean("objective"),
+            "accuracy": mean("accuracy"),
+            "grad_norm": sum(m["grad_norm"] for m in covered) / len(covered),
+            "learning_rate": self.parts.optimizer.rates(step - 1),
+            "target_tokens": int(tokens),
+            "source_tokens": int(sum(m["source_tokens"] for m in covered)),
+            "epoch": self._epoch(step),
+            "elapsed_seconds": time.monotonic() - self._began,
+            "compile_seconds": self._compiling,
+            **self._meter.lap(),
+        }
+        if bad := sum(not m["finite"] for m in covered):
+            values["steps_not_finite"] = bad
+        self._compiling = 0.0
+        self._tell("on_log", self._log.write("train", step, values))
+
+    def _epoch(self, step: int) -> float:
+        epoch, index = self.parts.batches.position(step)
+        return epoch + index / max(self.parts.batches.steps_per_epoch(epoch), 1)
+
+    # What is due between steps --------------------------------------------------------------------
+
+    def _due(self, every: int | str | None) -> bool:
+        if every == "epoch":
+            return self.step > 0 and self.parts.batches.position(self.step)[1] == 0
+        return isinstance(every, int) and every > 0 and self.step % every == 0
+
+    def _evaluated(self) -> set[int]:
+        return {record["step"] for record in self.evaluations}
+
+    def _wants_evaluation(self, *, at_end: bool = False) -> bool:
+        every = self.config.run.evaluate_every
+        if self.parts.validation is None or every == 0 or self.step in self._evaluated():
+            return False
+        return at_end or self._due(every)
+
+    def _wants_save(self) -> bool:
+        # The best is kept, and so must be there to be kept.
+        evaluated = self.evaluations and self.evaluations[-1]["step"] == self.step
+        best = self.best
+        is_best = bool(evaluated and best and best[0] == self.step and self.config.run.keep_best)
+        return is_best or self._due(self.config.run.save_every)
+
+    def _asked(self, *, agree: bool = False) -> tuple[Stopped, str] | None:
+        """Why the run has to stop here, if it has."""
+        if jax.process_count() > 1:
+            if self._checkpoints.reached_preemption(self.step):
+                return "signal", "it was told to stop"
+            # Agreement waits for the device, so that it is had only where a line is written.
+            if not agree and self.step % self.config.run.log_every:
+                return None
+        minutes = self.config.run.max_minutes
+        reasons: list[tuple[Stopped, str] | None] = [None] * 5
+        if self._stop is not None:
+            reasons[1] = "callback", self._stop.reason
+        if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
+            reasons[2] = "minutes", f"run.max_minutes ({minutes:g}) had passed"
+        if self._signals.requested is not None:
+            signalled = self._signalled()
+            reasons[3 if signalled[0] == "interrupted" else 4] = signalled
+        codes = [code for code, reason in enumerate(reasons) if reason is not None]
+        code = agreed(max(codes, default=0))
+        names: tuple[Stopped, ...] = ("finished", "callback", "minutes", "interrupted", "signal")
+        return (reasons[code] or (names[code], "another process stopped")) if code else None
+
+    def _signalled(self) -> tuple[Stopped, str]:
+        """Why a signal ends the run."""
+        name = self._signals.requested.name if self._signals.requested else "a signal"
+        if name == "SIGINT":
+            return "interrupted", "it was interrupted"
+        return "signal", f"it was told to stop ({name})"
+
+    def _save(self) -> None:
+        """Save this step, unless that is done: its numbers are finite, its line is written."""
+        if self._saved == self.step:
+            return
+        assert self._meter is not None
+        self._drain()
+        if self._covered:
+            self._write_line(self.step)
+        extra = {
+            "data": self.parts.batches.state(self.step),
+            "evaluations": self.evaluations,
+        }
+        numbers = None
+        if self.evaluations and self.evaluations[-1]["step"] == self.step:
+            last = self.evaluations[-1]
+            numbers = {k: v for k, v in last.items() if isinstance(v, float)}
+        with self._meter.paused():
+            self._checkpoints.save(self.step, self.state, extra, numbers)
+        self._saved = self.step
+        self._tell("on_save", self.step)
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Validation loss, generated texts and their scores; a line of metrics.jsonl."""
+        assert self._meter is not None
+        self._drain()
+        if self._covered:
+            self._write_line(self.step)
+        with self._meter.paused():
+            record = self._scores("validation", self.params)
+            record = self._log.write("evaluate", self.step, record)
+        self._tell("on_evaluate", record)
+
+    def _scores(self, split: str, params: Any) -> dict[str, Any]:
+        """Evaluate parameters on a split; the table of samples is written beside."""
+        data = self.parts.validation if split == "validation" else self.parts.test
+        assert data is not None
+        config = self.config.evaluation
+        wanted = config.samples if split == "validation" else config.test_samples
+        whole: list[Any] = []
+
+        def some(rows: evaluation.Rows, options: evaluation.Generation) -> list[str]:
+            self._may_go_on()
+            return evaluation.generate_texts(self.model, whole[0], self.tokenizers, rows, options)
+
+        def generate(rows: evaluation.Rows, options: evaluation.Generation) -> list[str]:
+            # Across processes: whole parameters on each, which generates its share of the texts.
+            whole.append(gathered(params))
+            return in_parts(lambda own: by_length(own, partial(some, options=options)), rows)
+
+        def measure(params: Any, batch: Any) -> Any:
+            self._may_go_on()
+            return self.parts.evaluate(params, batch)
+
+        found = evaluation.evaluate(
+            self.model,
+            params,
+            self.tokenizers,
+            data,
+            config,
+            mesh=self.mesh,
+            rules=self.parts.rules,
+            eval_step=measure,
+            generate_texts=generate,
+            samples=wanted,
+        )
+        if first_process() and found.samples:
+            name = "test" if split == "test" else f"step-{self.step:08d}"
+            (self.folder / run_folder.SAMPLES).mkdir(exist_ok=True)
+            text = report.sample_table(found.samples)
+            hub.write_bytes(self.folder / run_folder.SAMPLES / f"{name}.md", text.encode())
+        return {"split": split, **found.to_dict()}
+
+    def _may_go_on(self) -> None:
+        """Give up an evaluation when a signal came: whoever sends one does not wait for long."""
+        # Alone, that is; several processes stop together, between steps.
+        if self._signals.requested is not None and jax.process_count() == 1:
+            raise _Interrupted
+
+    # The end --------------------------------------------------------------------------------------
+
+    def _finish(self, stopped: Stopped) -> TrainResult:
+        """Evaluate and save the last step, choose the final parameters, write model and report."""
+        if self._wants_evaluation(at_end=True):
+            self._evaluate()
+        self._save()
+        self._checkpoints.wait()
+        params, step = self._final()
+        if self.parts.test is not None and step not in {r["step"] for r in self._log.of("test")}:
+            record = self._log.write("test", step, self._scores("test", params))
+            self._tell("on_evaluate", record)
+        self._write_end(self._why)
+        whole = gathered(params, keep=first_process())
+
+        def write() -> None:
+            record = report.read_record(self.folder)
+            own = self.tokenizers.target is not self.tokenizers.source
+            card = report.model_card(
+                record, step=step, whole=self.model.config.whole, own_target_tokenizer=own
+            )
+            run_folder.write_model(self.folder, self.model, whole, self.tokenizers, card)
+            report.write_report(self.folder)
+
+        on_first_process(write)
+        result = self._result(stopped, params, step)
+        self._tell("on_end", result)
+        return result
+
+    def _final(self) -> tuple[Any, int]:
+        """The parameters that become the model, and whose step they are of."""
+        best = self.best
+        if self.config.run.final == "last" or best is None or best[0] == self.step:
+            return self.params, self.step
+        if best[0] not in self._checkpoints.steps():
+            self._say(f"the best step, {best[0]}, was not kept; the model is the last one's")
+            return self.params, self.step
+        self.state = None  # Room for the other one.
+        restored = self._checkpoints.restore(self.parts.abstract_state(), step=best[0])
+        assert restored is not None
+        self.state = restored.state
+        return self.params, restored.step
+
+    def _result(self, stopped: Stopped, params: Any, params_step: int) -> TrainResult:
+        kinds = ("train", "evaluate", "test")
+        lines = {kind: self._log.of(kind)[-1] for kind in kinds if self._log.of(kind)}
+        return TrainResult(
+            folder=self.folder,
+            step=self.step,
+            stopped=stopped,
+            why=self._why,
+            metrics=lines,
+            best=self.best,
+            model=self.model,
+            params=params,
+            params_step=params_step,
+            tokenizers=self.tokenizers,
+        )
+
+    def _write_end(self, why: str) -> None:
+        if first_process():
+            seconds = time.monotonic() - self._began
+            end = {"ended": _now(), "step": self.step, "why": why, "seconds": seconds}
+            report.write_session(self.folder, end)
+
+    # Telling --------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        self._stop = notify(self._callbacks, event, self, *arguments) or self._stop
+
+    def _say(self, text: str) -> None:
+        for observer in self._own:
+            if isinstance(observer, Bar):
+                observer.say(text)
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
+def by_length(
+    rows: evaluation.Rows, work: Callable[[evaluation.Rows], list[str]], size: int = 256
+) -> list[str]:
+    """`work` of rows, a few hundred of like length at a time, the longest first; in their order."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    made = [""] * len(rows)
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        for i, text in zip(part, work([rows[i] for i in part]), strict=True):
+            made[i] = text
+    return made
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,418 @@
+"""What a training run would take on machines nobody has at hand: `plan(request)`.
+
+The very step that training runs is compiled ahead of time, by the compiler of the machine in
+question, in a process of its own (`plan_compile.py`): for TPUs by libtpu, for NVIDIA's GPUs by
+JAX's CUDA plugin, neither of which needs the device. From the result follow the bytes on each
+device and whether they fit, what is communicated, and, with the figures makers publish
+(`chips.py`), a bound on the share of the peak rate that can be reached. Where a mesh does not fit,
+`propose` finds one that does. Nothing here imports JAX.
+
+The bound is an upper one: it takes communication, memory traffic and computation to overlap
+perfectly, every link to be busy, and memory to be touched only by what must be (the state read and
+written once, kept activations written and read once).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
+from jax_encdec.errors import InputError, nearest
+from jax_encdec.training.chips import GPUS, TPUS, Chip
+from jax_encdec.training.config import ExecutionConfig
+from jax_encdec.training.optimizer_config import OptimizerConfig
+
+_USABLE = 0.92
+"""Share of a GPU's memory that a program may fill; a TPU's compiler knows by itself."""
+_MAX_TRIALS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is to be trained, where, and how.
+
+    Attributes:
+        topology: TPUs as "v5e:4x4" (kind and arrangement), or GPUs of one host as "h100:8".
+        slices: how many such TPU slices, joined by the data center's network.
+        batch_size: rows of the global batch.
+        source_length, target_length: tokens per row, as padded.
+        packed: several pairs per row.
+        dropout: whether dropout is on, whose random numbers cost time to compile.
+        effort: how hard the compiler tries: "low" is quicker and uses somewhat more memory than
+            the program that would run, "full" is that program.
+    """
+
+    model: EncoderDecoderConfig
+    topology: str
+    slices: int = 1
+    batch_size: int = 32
+    source_length: int = 512
+    target_length: int = 128
+    packed: bool = False
+    dropout: bool = True
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    effort: str = "low"
+
+    def __post_init__(self):
+        kind = self.kind
+        known = (*TPUS, *GPUS)
+        if kind not in known:
+            hint = nearest(kind, known) or f"; known kinds are {', '.join(known)}"
+            raise InputError(f"no figures are known of {kind!r}{hint}")
+        if self.gpu is not None and not self.topology.split(":")[-1].isdigit():
+            raise InputError(f"GPUs are given by number, as in {kind}:8; got {self.topology!r}")
+        for name in ("slices", "batch_size", "source_length", "target_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.gpu is not None and self.slices > 1:
+            raise InputError(f"GPUs are planned for on one host; got {self.slices} slices")
+        if self.effort not in ("low", "full"):
+            raise InputError(f"effort must be 'low' or 'full'; got {self.effort!r}")
+        if re.fullmatch(r"[a-z0-9\-]+:\d+(x\d+)*", self.topology) is None:
+            raise InputError(
+                f"a topology is written as v5e:4x4, or h100:8 for GPUs; got {self.topology!r}"
+            )
+        for role, trunk in (
+            ("source_length", self.model.encoder_trunk),
+            ("target_length", self.model.decoder_trunk),
+        ):
+            most = trunk.max_length
+            if most is not None and getattr(self, role) > most:
+                raise InputError(f"{role} {getattr(self, role)} exceeds the model's {most}")
+
+    @property
+    def kind(self) -> str:
+        """The chip's short name."""
+        return self.topology.split(":")[0]
+
+    @property
+    def gpu(self) -> str | None:
+        """The GPU's short name; None for TPUs."""
+        return self.kind if self.kind in GPUS else None
+
+    @property
+    def chip(self) -> Chip:
+        """Published figures."""
+        return (GPUS | TPUS)[self.kind]
+
+    def to_json(self, *, compile: bool = True) -> dict[str, Any]:
+        """What `plan_compile` reads."""
+        return {
+            "model": self.model.to_dict(),
+            "gpu": self.gpu,
+            "count": int(self.topology.split(":")[-1]) if self.gpu else 0,
+            **{
+                name: getattr(self, name)
+                for name in ("topology", "slices", "batch_size", "source_length", "target_length")
+            },
+            "packed": self.packed,
+            "dropout": self.dropout,
+            "compile": compile,
+            "optimizer": asdict(self.optimizer),
+            "execution": asdict(self.execution),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The least seconds per step that each resource is busy, and what share of peak that leaves."""
+
+    ideal: float
+    """The model's own FLOPs at the peak rate, nothing computed twice."""
+    compute: float
+    memory: float
+    links: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a step, all overlapping."""
+        return max(self.compute, self.memory, self.links, self.network)
+
+    @property
+    def limit(self) -> str:
+        """What the step waits for."""
+        return max(("compute", "memory", "links", "network"), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is known of a run before it runs. Bytes are those of one device, unless said."""
+
+    request: PlanRequest
+    mesh: dict[str, int]
+    devices: int
+    fits: bool
+    usable: int
+    """Bytes of memory that a device can use."""
+    needed: int
+    """Bytes that the step takes at its peak; without `collectives`, at the least."""
+    memory: dict[str, int]
+    """`parameters`, `moments`, `average` and, if compiled, `temporaries`, of which `activations`
+    are kept for the backward pass, `program` and `other`."""
+    parameters: int
+    """Number of parameters of the whole model."""
+    flops: dict[str, int]
+    """Of one step on all devices together, by our own count: `forward`, `train_step`."""
+    placements: tuple[dict[str, Any], ...]
+    """Parameters that do not lie as the rules say, and why."""
+    collectives: tuple[dict[str, Any], ...] | None
+    """By kind, see `hlo.Collective`; None where nothing was compiled."""
+    bound: Bound | None
+    seconds: float
+    """That compiling took."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def utilisation(self) -> float | None:
+        """At most this share of the peak rate can go into the model's own FLOPs."""
+        return None if self.bound is None else self.bound.ideal / self.bound.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["request"] = self.request.to_json()
+        out["bound"] = None if self.bound is None else asdict(self.bound)
+        return out | {"utilisation_at_most": self.utilisation}
+
+
+class Planner:
+    """A process that compiles, asked one request after the other; a context manager."""
+
+    def __init__(self, request: PlanRequest):
+        _check_installed(request)
+        level = {"low": "O0", "full": "O2"}[request.effort]
+        self.effort = request.effort
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_", "XLA_"))}
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",  # nobody is asked which TPU this machine is
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "JAX_OPTIMIZATION_LEVEL": level,
+            "JAX_MEMORY_FITTING_LEVEL": level,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "jax_encdec.training.plan_compile"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            text=True,
+        )
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def plan(self, request: PlanRequest, *, compile: bool = True) -> Plan:
+        """Plan one run.
+
+        Args:
+            compile: False: only what follows from shapes, in a second or two.
+
+        Raises:
+            InputError: it cannot be planned for, or the compiler broke.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request.to_json(compile=compile)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise InputError(
+                f"the compiler for {request.topology} ended without an answer (exit code {code}); "
+                f"it may have run out of this machine's memory"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return _plan(request, answer)
+
+
+def plan(request: PlanRequest) -> Plan:
+    """Plan one run; see `Planner.plan`."""
+    with Planner(request) as planner:
+        return planner.plan(request)
+
+
+# From an answer to a plan -------------------------------------------------------------------------
+
+
+def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
+    chip, devices = request.chip, 1
+    for size in answer["mesh"].values():
+        devices *= size
+    usable = int(chip.memory / _share(request, devices) * (_USABLE if request.gpu else 1.0))
+    state = {name: answer["memory"][name] for name in ("parameters", "moments", "average")}
+    memory, needed, notes = dict(state), sum(state.values()), list(answer["notes"])
+    memory["activations"] = answer["memory"]["activations"]
+    bound, collectives, fits = None, None, needed <= usable
+    if (refused := answer.get("refused")) is not None:
+        fits = False
+        needed = refused.get("needed", needed)
+        usable = refused.get("usable", usable)
+    elif (compiled := answer.get("compiled")) is not None:
+        memory["temporaries"] = compiled["temporaries"]
+        memory["program"] = compiled["program"]
+        memory["other"] = max(0, compiled["arguments"] + compiled["results"] - needed)
+        memory["activations"] = min(memory["activations"], memory["temporaries"])
+        needed = sum(v for k, v in memory.items() if k != "activations")
+        fits = needed <= usable
+        collectives = tuple(answer["collectives"])
+        bound = _bound(request, answer, memory, devices)
+        if request.gpu and fits and needed > 0.75 * chip.memory:
+            notes.append(
+                "JAX takes three quarters of a GPU's memory by default: set "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+            )
+    return Plan(
+        request=request,
+        mesh=answer["mesh"],
+        devices=devices,
+        fits=fits,
+        usable=usable,
+        needed=needed,
+        memory=memory,
+        parameters=answer["parameters"],
+        flops=answer["flops"],
+        placements=tuple(answer["placements"]),
+        collectives=collectives,
+        bound=bound,
+        seconds=answer.get("seconds", 0.0),
+        notes=tuple(notes),
+    )
+
+
+def _share(request: PlanRequest, devices: int) -> int:
+    """Devices of JAX that share one chip."""
+    if request.gpu:
+        return 1
+    chips = request.slices
+    for size in request.topology.split(":")[1].split("x"):
+        chips *= int(size)
+    return max(1, devices // chips)
+
+
+def _bound(
+    request: PlanRequest, answer: dict[str, Any], memory: dict[str, int], devices: int
+) -> Bound:
+    chip, share = request.chip, _share(request, devices)
+    flops = own = answer["flops"]["train_step"]
+    if request.execution.remat == "full":
+        flops += answer["flops"]["forward"]
+    rate = chip.peak(request.execution.dtype) * chip.devices / share
+    state = memory["parameters"] + memory["moments"] + memory["average"]
+    sent = {False: 0, True: 0}
+    for c in answer["collectives"]:
+        sent[c["across_slices"]] += c["sent"]
+    link, network = chip.link_bandwidth, chip.network_bandwidth
+    return Bound(
+        ideal=own / devices / rate,
+        compute=flops / devices / rate,
+        memory=2 * (state + memory["activations"]) / (chip.memory_bandwidth / share),
+        links=sent[False] / (link / 2 / share) if link else 0.0,
+        network=sent[True] / (network / share) if network else 0.0,
+    )
+
+
+# A mesh that fits ---------------------------------------------------------------------------------
+
+
+def propose(planner: Planner, refused: Plan) -> Iterator[Plan]:
+    """Compile what should fit where a plan does not, cheapest change first, until one does.
+
+    Yields:
+        Every plan that was compiled, the fitting one last; nothing fits if the last one does not.
+    """
+    trials = 0
+    for request in _candidates(refused):
+        try:
+            guess = planner.plan(request, compile=False)
+        except InputError:
+            continue  # heads, rows or micro-batches that do not divide
+        least = guess.needed + guess.memory["activations"]
+        if least > guess.usable or (guess.mesh == refused.mesh and request == refused.request):
+            continue
+        found = planner.plan(request)
+        trials += 1
+        yield found
+        if found.fits or trials == _MAX_TRIALS:
+            return
+
+
+def _candidates(refused: Plan) -> Iterator[PlanRequest]:
+    request, devices = refused.request, refused.devices
+    replicas = request.slices
+    inner = devices // replicas
+
+    def changed(tensor: int, **options: Any) -> PlanRequest:
+        mesh = {"replica": replicas, "fsdp": inner // tensor, "tensor": tensor}
+        text = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+        execution = replace(request.execution, mesh=text or "fsdp=1", **options)
+        return replace(request, execution=execution)
+
+    yield changed(1)
+    yield changed(1, remat="full")
+    at = request.execution.accumulate
+    for times in (2, 4, 8, 16, 32):
+        yield changed(1, remat="full", accumulate=at * times)
+    for tensor in (2, 4, 8, 16):
+        if inner % tensor == 0:
+            yield changed(tensor, remat="full")
+
+
+# What must be installed ---------------------------------------------------------------------------
+
+
+def missing(gpu: bool) -> str | None:
+    """What must be installed to plan for TPUs, or GPUs, that is not: a sentence, or None."""
+    if gpu:
+        names = {"jax_plugins.xla_cuda12": "jax-cuda12-plugin jax-cuda12-pjrt"}
+        lacking = [package for module, package in names.items() if not _has(module)]
+        if lacking:
+            return (
+                "planning for GPUs needs JAX's CUDA plugin and compiler (not a GPU): pip install "
+                "jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12, the first two in the "
+                "version of jaxlib"
+            )
+        return None
+    if _has("libtpu"):
+        return None
+    return "planning for TPUs needs libtpu (not a TPU): pip install 'jax_encdec[plan]'"
+
+
+def _has(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def _check_installed(request: PlanRequest) -> None:
+    if (sentence := missing(request.gpu is not None)) is not None:
+        raise InputError(sentence)

@@ -1,0 +1,149 @@
+"""The folder of a run: whose it is, what is in it, and how its parts are written.
+
+    config.toml      every option, resolved; all that `--resume` needs, with
+    start/           the model's configuration and tokenizers
+    metrics.jsonl    the numbers, line by line
+    sessions.jsonl   every start and end: hardware, versions, why it ended
+    checkpoints/     what a run resumes from
+    samples/         tables of sample predictions
+    tensorboard/     where that was asked for
+    report.md, curves/
+    model/           the trained model, as PyTorch Transformers opens it
+
+A folder that holds anything else is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax_encdec import hub
+from jax_encdec.encoder_decoder import EncoderDecoderModel
+from jax_encdec.errors import InputError
+from jax_encdec.pretrained import generation_defaults, published_config, read_configs
+from jax_encdec.tokenization import TokenizerPair
+from jax_encdec.training.checkpoint import Checkpoints
+from jax_encdec.training.config import RunConfig
+
+CONFIG, METRICS, SESSIONS = "config.toml", "metrics.jsonl", "sessions.jsonl"
+CHECKPOINTS, MODEL, START, SAMPLES = "checkpoints", "model", "start", "samples"
+TENSORBOARD, CURVES, REPORT = "tensorboard", "curves", "report.md"
+NAMES = (CONFIG, METRICS, SESSIONS, CHECKPOINTS, MODEL, START, SAMPLES, TENSORBOARD, CURVES, REPORT)
+
+
+def check(run: RunConfig) -> None:
+    """See that the output folder is new, or holds a run that may be gone on with or replaced.
+
+    Raises:
+        InputError: it is a file, holds something else than a run, or a run that `run.resume` and
+            `run.overwrite` do not allow to touch; or no run where `run.resume` is "always".
+    """
+    folder = Path(run.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.output {folder} is a file; expected a folder")
+    foreign = (
+        sorted(e.name for e in folder.iterdir() if not _own(e.name)) if folder.exists() else []
+    )
+    if foreign:
+        raise InputError(
+            f"run.output {folder} holds {foreign[0]}, which is not of a run; nothing was touched: "
+            f"name a new or empty folder"
+        )
+    held = any((folder / name).exists() for name in (SESSIONS, CHECKPOINTS, MODEL))
+    if held and not run.overwrite and run.resume == "never":
+        raise InputError(
+            f"run.output {folder} holds a run already: run.resume='auto' (--resume {folder}) goes "
+            f"on with it, run.overwrite=true removes it, or name another folder"
+        )
+    if not held and run.resume == "always":
+        raise InputError(f"run.output {folder} holds no run to go on with")
+
+
+def make(run: RunConfig) -> None:
+    """Make the output folder, without what an earlier run left where that is to be replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = Path(run.output)
+    for name in NAMES if run.overwrite else ():
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def saved(run: RunConfig) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    folder = Path(run.output) / CHECKPOINTS
+    if run.overwrite or not folder.is_dir():
+        return False
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return bool(checkpoints.steps())
+
+
+def _own(name: str) -> bool:
+    # Hidden files are a killed process's temporary ones, or the file system's.
+    return name in NAMES or name.startswith(".")
+
+
+def save_start(folder: Path, model: EncoderDecoderModel, tokenizers: TokenizerPair | None) -> None:
+    """Keep what a resumed run needs besides its checkpoint: configuration and tokenizers."""
+    with replaced(folder / START) as start:
+        hub.write_json(
+            start / "config.json", published_config(model.config, str(model.param_dtype))
+        )
+        defaults = generation_defaults(model.generation_config, model.config)
+        hub.write_json(start / "generation_config.json", defaults.to_dict())
+        if tokenizers is not None:
+            tokenizers.save(start)
+
+
+def read_start(folder: Path) -> tuple[EncoderDecoderModel, TokenizerPair]:
+    """The model and the tokenizers that `save_start` kept.
+
+    Raises:
+        CheckpointError, ConfigError: the folder is missing or damaged.
+    """
+    config, generation_config = read_configs(folder / START)
+    model = EncoderDecoderModel(config, generation_config=generation_config)
+    return model, TokenizerPair.from_pretrained(folder / START)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, that takes the place of `folder` when all is in it.
+
+    On any failure the old one stays.
+    """
+    new, old = (folder.parent / f".{folder.name}-{part}" for part in ("unfinished", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_model(
+    folder: Path,
+    model: EncoderDecoderModel,
+    params: Any,
+    tokenizers: TokenizerPair | None,
+    card: str,
+) -> None:
+    """Write the model folder of a run: weights, configurations, tokenizers, card."""
+    with replaced(folder / MODEL) as made:
+        model.save_pretrained(made, params)
+        if tokenizers is not None:
+            tokenizers.save(made)
+        hub.write_bytes(made / "README.md", card.encode())
