@@ -44,9 +44,12 @@ class Visible(NamedTuple):
 
 
 def platform() -> str:
-    """What the program being traced is for: the current mesh's platform, else the default's."""
+    """Where the program being traced will run: the current mesh's platform, else the default's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+    device = jax.config.jax_default_device if device is None else device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def resolve_attention(

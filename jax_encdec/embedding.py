@@ -142,7 +142,16 @@ def logits(
 ) -> jax.Array:
     """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
     assert config.head is not None
-    y = scores(*head_inputs(config, params, states), config.head.softcap)
+    states, kernel, bias = head_inputs(config, params, states)
+    y = jnp.einsum(
+        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
+    )
+    y = y if bias is None else y + bias.astype(jnp.float32)
+    y = (
+        y
+        if config.head.softcap is None
+        else config.head.softcap * jnp.tanh(y / config.head.softcap)
+    )
     return constrain(execution, y, "act_batch", "act_length", "act_vocab")
 
 
@@ -159,14 +168,3 @@ def head_inputs(
     bias = p["bias"] if head.bias != "none" else None
     bias = jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias
     return states, params["embedding"]["token"] if head.tied else p["kernel"], bias
-
-
-def scores(
-    states: jax.Array, kernel: jax.Array, bias: jax.Array | None, softcap: float | None
-) -> jax.Array:
-    """Float32 logits `[B, Q, V]` of transformed states `[B, Q, W]`."""
-    y = jnp.einsum(
-        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
-    )
-    y = y if bias is None else y + bias.astype(jnp.float32)
-    return y if softcap is None else softcap * jnp.tanh(y / softcap)

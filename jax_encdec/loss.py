@@ -5,9 +5,9 @@ the loss: with `chunk`, logits exist for that many positions of each row at a ti
 that carry no loss are moved to the end and cost nothing. Both count in nats and return sums, which
 are divided once, globally.
 
-The gradients of the chunked loss are made together with it, chunk by chunk: of the three matrix
-products that a chunk's training takes none is done twice, and nothing of the size of the
-logits waits for a backward pass.
+The gradients of `head_loss` are made together with it, chunk by chunk: of the three matrix
+products of a chunk none is done twice, and nothing of the logits' size waits for a backward pass.
+So it can be differentiated backwards only, and once.
 
 Axis letters: B batch, T target length, V vocabulary, W width of the head; G groups of rows (one
 per device that shares out the batch), P positions of a group.
@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_encdec.config import TransformerConfig
-from jax_encdec.embedding import head_inputs, logits
-from jax_encdec.embedding import scores as scores_of
+from jax_encdec.embedding import head_inputs
 from jax_encdec.execution import Execution, constrain, split_over
 from jax_encdec.layers import Params
 
@@ -64,8 +63,17 @@ def shift_right(
 
 def cross_entropy(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits `[B, T, V]`, labels `[B, T]` -> summed loss in nats and number of labels counted."""
-    out = _sums(_Terms.of(scores, labels), 0.0, scores.shape[-1])
-    return out.loss_sum, out.loss_weight
+    counted = labels != IGNORE
+    loss = jax.nn.logsumexp(scores, axis=-1) - _picked(scores, labels, axis=-1)
+    return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted.astype(jnp.float32))
+
+
+def _picked(scores: jax.Array, labels: jax.Array, axis: int) -> jax.Array:
+    """The scores of the labels; NaN outside the vocabulary, never another token's."""
+    safe = jnp.where(labels == IGNORE, 0, labels)
+    safe = jnp.where(safe < 0, scores.shape[axis], safe)
+    picked = jnp.take_along_axis(scores, jnp.expand_dims(safe, axis), axis=axis, mode="fill")
+    return jnp.squeeze(picked, axis)
 
 
 def head_loss(
@@ -88,16 +96,16 @@ def head_loss(
         chunk: how many positions of each row have logits at one time; None for all.
     """
     assert config.head is not None
-    if chunk is None or chunk >= labels.shape[1]:
-        scores = logits(config, params, states, execution)
-        return _sums(_Terms.of(scores, labels), label_smoothing, scores.shape[-1])
     states, kernel, bias = head_inputs(config, params, states)
     groups = _groups(execution, states.shape[0])
-    rows = labels.shape[0] // groups
-    states, labels = _counted_first(groups, rows * chunk, states, labels)
+    rows, length = labels.shape[0] // groups, labels.shape[1]
+    size = rows * (length if chunk is None else min(chunk, length))
+    states, labels = states.reshape(groups, -1, states.shape[-1]), labels.reshape(groups, -1)
+    if size < labels.shape[1]:
+        states, labels = _counted_first(size, states, labels)
     # Gathered from the shards of training once, not once per chunk.
     kernel = constrain(execution, kernel, "act_vocab", None)
-    spec = _Spec(rows * chunk, float(label_smoothing), config.head.softcap, execution)
+    spec = _Spec(size, float(label_smoothing), config.head.softcap, execution)
     return LossOutput(*_chunked(spec, states, kernel, bias, labels))
 
 
@@ -108,81 +116,26 @@ def _groups(execution: Execution, batch: int) -> int:
     return math.prod(mesh.shape[a] for a in axes or ())
 
 
-def _counted_first(
-    groups: int, multiple: int, states: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Rows `[B, T, ...]` as groups `[G, P, ...]` of positions, those with a label first.
+def _counted_first(size: int, states: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """States `[G, P, W]` and labels `[G, P]`, those that count first.
 
-    P is a multiple of `multiple`; what is added carries no loss.
+    P becomes a multiple of `size`; what is added carries no loss.
     """
-    labels = labels.reshape(groups, -1)
     order = jnp.argsort(labels == IGNORE, axis=1, stable=True)
-    states = states.reshape(groups, -1, states.shape[-1])
     states = jnp.take_along_axis(states, order[..., None], axis=1)
     labels = jnp.take_along_axis(labels, order, axis=1)
-    more = -labels.shape[1] % multiple
+    more = -labels.shape[1] % size
     states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))
     return states, jnp.pad(labels, ((0, 0), (0, more)), constant_values=IGNORE)
-
-
-# Terms of the loss -------------------------------------------------------------------------------
-
-
-class _Terms(NamedTuple):
-    """Per position, `[...]` of scores `[..., V]`, float32."""
-
-    counted: jax.Array
-    normaliser: jax.Array
-    """Log of the sum of exponentials."""
-    picked: jax.Array
-    """The label's score; NaN outside the vocabulary, never another token's."""
-    mean: jax.Array
-    top: jax.Array
-
-    @classmethod
-    def of(cls, scores: jax.Array, labels: jax.Array) -> _Terms:
-        counted = labels != IGNORE
-        # By comparison and not by index: a vocabulary split over devices stays where it is.
-        picked = jnp.sum(jnp.where(_is_label(scores, labels), scores, 0.0), axis=-1)
-        inside = (labels >= 0) & (labels < scores.shape[-1])
-        return cls(
-            counted=counted,
-            normaliser=jax.nn.logsumexp(scores, axis=-1),
-            picked=jnp.where(inside, picked, jnp.where(counted, jnp.nan, 0.0)),
-            mean=jnp.mean(scores, axis=-1),
-            top=jax.lax.stop_gradient(jnp.max(scores, axis=-1)),
-        )
-
-
-def _is_label(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    return places == labels[..., None]
-
-
-def _sums(terms: _Terms, smoothing: float, vocabulary: int) -> LossOutput:
-    nll = terms.normaliser - terms.picked
-    loss = nll
-    if smoothing:
-        loss = (1 - smoothing) * nll + smoothing * (terms.normaliser - terms.mean)
-
-    def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(terms.counted, x, 0.0).astype(jnp.float32))
-
-    return LossOutput(
-        loss_sum=total(loss),
-        nll_sum=jax.lax.stop_gradient(total(nll)),
-        loss_weight=total(jnp.ones_like(nll)),
-        correct=total(terms.picked >= terms.top),
-    )
 
 
 # Chunk by chunk ----------------------------------------------------------------------------------
 
 
 class _Spec(NamedTuple):
-    """What is static about a chunked loss."""
+    """What is static about the loss of a head."""
 
-    chunk: int
+    size: int
     """Positions of a group at one time."""
     smoothing: float
     softcap: float | None
@@ -220,62 +173,89 @@ def _loop(
     slopes: bool,
 ) -> tuple[tuple[jax.Array, ...], Any]:
     """Sums over all chunks and, if asked for, their slopes by states, kernel and bias."""
-    (groups, _, width), vocabulary = states.shape, kernel.shape[0]
+    (groups, positions, width), vocabulary = states.shape, kernel.shape[0]
     weights = kernel.astype(states.dtype)
 
-    def sums_of(scores: jax.Array, labels: jax.Array) -> LossOutput:
-        return _sums(_Terms.of(scores, labels), spec.smoothing, vocabulary)
-
-    def body(i: jax.Array, carry: Any) -> Any:
+    def body(i: jax.Array | int, carry: Any) -> Any:
         sums, found = carry
-        start = i * spec.chunk
-        x = jax.lax.dynamic_slice_in_dim(states, start, spec.chunk, axis=1)
-        ids = jax.lax.dynamic_slice_in_dim(labels, start, spec.chunk, axis=1)
-        y = scores_of(x, weights, bias, spec.softcap)
-        y = constrain(spec.execution, y, "act_batch", None, "act_vocab")
-        out = sums_of(y, ids)
-        sums = tuple(a + b for a, b in zip(sums, _fields(out), strict=True))
+        start = i * spec.size
+        x = jax.lax.dynamic_slice_in_dim(states, start, spec.size, axis=1)
+        ids = jax.lax.dynamic_slice_in_dim(labels, start, spec.size, axis=1)
+        # The vocabulary first: of the products by states and by kernel, one would transpose the
+        # scores either way, and this way the other two and the reductions are faster (on a CPU).
+        scores = jnp.einsum("vw,gpw->gvp", weights, x, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias.astype(jnp.float32)[:, None]
+        if spec.softcap is not None:
+            scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+        scores = constrain(spec.execution, scores, "act_batch", "act_vocab", None)
+        parts, slope = _terms(spec, scores, ids)
+        sums = tuple(a + b for a, b in zip(sums, parts, strict=True))
         if not slopes:
             return sums, found
-        slope = _slope(spec, y, ids)
-        if spec.softcap is not None:
-            slope = slope * (1.0 - jnp.square(y / spec.softcap))
         d_states, d_kernel, d_bias = found
         if d_bias is not None:
-            d_bias = d_bias + jnp.sum(slope, axis=1)
+            d_bias = d_bias + jnp.sum(slope, axis=2)
         slope = slope.astype(states.dtype)
-        d_x = jnp.einsum("gpv,vw->gpw", slope, weights)
+        d_x = jnp.einsum("gvp,vw->gpw", slope, weights)
         d_states = jax.lax.dynamic_update_slice_in_dim(d_states, d_x, start, axis=1)
         # Each group adds up its own, so that devices meet once, after the last chunk.
         d_kernel = d_kernel + jnp.einsum(
-            "gpv,gpw->gvw", slope, x, preferred_element_type=jnp.float32
+            "gvp,gpw->gvw", slope, x, preferred_element_type=jnp.float32
         )
         return sums, (d_states, d_kernel, d_bias)
 
-    zero = jnp.zeros((), jnp.float32)
     found: Any = None
     if slopes:
         d_kernel = jnp.zeros((groups, vocabulary, width), jnp.float32)
         d_bias = None if bias is None else jnp.zeros((groups, vocabulary), jnp.float32)
         found = (jnp.zeros_like(states), d_kernel, d_bias)
-    # The counted stand first: chunks after the last of them are all pads.
-    counted = jnp.max(jnp.sum(labels != IGNORE, axis=1))
-    chunks = (counted + spec.chunk - 1) // spec.chunk
-    sums, found = jax.lax.fori_loop(0, chunks, body, ((zero,) * 4, found))
+    start = ((jnp.zeros((), jnp.float32),) * 4, found)
+    if spec.size == positions:
+        sums, found = body(0, start)
+    else:
+        # The counted stand first: chunks after the last of them have nothing to do.
+        counted = jnp.max(jnp.sum(labels != IGNORE, axis=1))
+        sums, found = jax.lax.fori_loop(0, (counted + spec.size - 1) // spec.size, body, start)
     if slopes:
         d_states, d_kernel, d_bias = found
         d_kernel = jnp.sum(d_kernel, axis=0).astype(kernel.dtype)
-        d_bias = None if bias is None else jnp.sum(d_bias, axis=0).astype(bias.dtype)
+        if bias is not None:
+            d_bias = jnp.sum(d_bias, axis=0).astype(bias.dtype)
         found = (d_states, d_kernel, d_bias)
     return sums, found
 
 
-def _fields(out: LossOutput) -> tuple[jax.Array, ...]:
-    return out.loss_sum, out.nll_sum, out.loss_weight, out.correct
+def _terms(
+    spec: _Spec, scores: jax.Array, labels: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """What scores `[G, V, P]` add to the fields of a `LossOutput`, and the loss's slope by what
+    the cap was put on."""
+    counted, share = labels != IGNORE, spec.smoothing
+    is_label = jnp.arange(scores.shape[1])[:, None] == labels[:, None, :]
+    top = jnp.max(scores, axis=1)
+    normaliser = top + jnp.log(jnp.sum(jnp.exp(scores - top[:, None]), axis=1))
+    if _split_vocabulary(spec.execution, scores.shape[1]):
+        # By comparison and not by index: each device keeps its part of the vocabulary.
+        inside = jnp.any(is_label, axis=1)
+        picked = jnp.sum(jnp.where(is_label, scores, 0.0), axis=1)
+        picked = jnp.where(inside | ~counted, picked, jnp.nan)
+    else:
+        picked = _picked(scores, labels, axis=1)
+    loss = nll = normaliser - picked
+    if share:
+        loss = (1 - share) * nll + share * (normaliser - jnp.mean(scores, axis=1))
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(counted, x, 0.0).astype(jnp.float32))
+
+    sums = total(loss), total(nll), total(jnp.ones_like(nll)), total(picked >= top)
+    slope = jnp.exp(scores - normaliser[:, None]) - (1.0 - share) * is_label
+    slope = slope - share / scores.shape[1] if share else slope
+    if spec.softcap is not None:
+        slope = slope * (1.0 - jnp.square(scores / spec.softcap))
+    return sums, jnp.where(counted[:, None], slope, 0.0)
 
 
-def _slope(spec: _Spec, scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """The slope of the summed loss by each score, `[G, P, V]`."""
-    target = (1.0 - spec.smoothing) * _is_label(scores, labels) + spec.smoothing / scores.shape[-1]
-    slope = jax.nn.softmax(scores, axis=-1) - target
-    return jnp.where((labels != IGNORE)[..., None], slope, 0.0)
+def _split_vocabulary(execution: Execution, vocabulary: int) -> bool:
+    over, mesh = execution.rule("act_vocab"), jax.sharding.get_abstract_mesh()
+    return not mesh.empty and over is not None and bool(split_over(mesh, over, vocabulary))

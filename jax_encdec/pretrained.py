@@ -234,9 +234,9 @@ def read_leaves(
             placed = []
 
 
-def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
     """The parts of a leaf that this process holds, and the devices that hold each."""
-    boxes: dict[Box, list[jax.Device]] = {}
+    boxes: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         whole = (*(index or ()), *[slice(None)] * (len(shape) - len(index or ())))
         box = tuple(s.indices(n)[:2] for s, n in zip(whole, shape, strict=True))

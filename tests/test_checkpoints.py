@@ -387,7 +387,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
 
 @pytest.mark.exhaustive
 def test_every_flipped_bit_and_every_truncation_is_noticed_long(tmp_path):
-    damage_repeatedly(tmp_path, 2000, 1000)
+    damage_repeatedly(tmp_path, 1000, 500)
 
 
 def test_a_damaged_step_is_set_aside_and_the_run_goes_on(tmp_path):

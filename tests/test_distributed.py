@@ -34,9 +34,8 @@ class Job:
     """Processes of tests/training_child.py, ended with the test."""
 
     def __init__(self, folder: Path, count: int, devices: int, every: int, slurm: bool = False):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        if "optimization_level" in os.environ.get("XLA_FLAGS", ""):  # as the test's own process
-            flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        flags = f"--xla_force_host_platform_device_count={devices} "
+        flags += "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         shared = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         # What is compiled the same way again is taken from here.
         shared |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,9 @@ needs_libtpu = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 def pair(**more) -> EncoderDecoderConfig:
     """Small, and with a vocabulary that two does not divide."""
-    bert = BertConfig(
-        vocab_size=509, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=128, max_position_embeddings=128, **more,
-    )  # fmt: skip
+    size = {"vocab_size": 509, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"intermediate_size": 128, "max_position_embeddings": 128}
+    bert = BertConfig(**(size | more))
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0}
     return EncoderDecoderConfig(encoder=bert, decoder=bert, **ids)
 
@@ -41,7 +41,8 @@ def pair(**more) -> EncoderDecoderConfig:
 def request(mesh: str | None = None, **more) -> PlanRequest:
     execution = ExecutionConfig(mesh=mesh, dtype="bfloat16")
     options = {"topology": "v5e:4x4", "batch_size": 32, "source_length": 32, "target_length": 16}
-    return PlanRequest(model=pair(), execution=execution, dropout=False, **(options | more))
+    options |= {"model": pair(), "execution": execution, "dropout": False}
+    return PlanRequest(**(options | more))
 
 
 # Compiled for TPUs --------------------------------------------------------------------------------
@@ -108,11 +109,14 @@ def test_tensor_parallel_sums_activations(planner):
 @pytest.mark.xdist_group("plan")
 @needs_libtpu
 def test_what_is_too_large_is_refused_with_sizes(planner):
-    plan = planner.plan(request(batch_size=2**18, source_length=64, target_length=32))
-    assert not plan.fits
-    assert plan.needed > plan.usable > 15 * 2**30
-    assert plan.collectives is None
-    assert "DOES NOT FIT" in command.text(plan)
+    """By the compiler where the state would fit, by arithmetic where not even that does."""
+    for rows, share in ((9_000_000, 0.8), (12_000_000, 1.0)):
+        plan = planner.plan(request("replica=16", model=pair(vocab_size=rows)))
+        assert not plan.fits
+        assert plan.needed > plan.usable > 15 * 2**30
+        assert plan.collectives is None
+        assert plan.memory["parameters"] + plan.memory["moments"] > share * plan.usable
+        assert "DOES NOT FIT" in command.text(plan)
 
 
 @pytest.mark.xdist_group("plan")
@@ -134,6 +138,61 @@ def test_what_cannot_be_planned_is_said_and_the_planner_lives_on(planner, change
 
 
 # Without a compiler -------------------------------------------------------------------------------
+
+
+class Pretended:
+    """A planner whose compiler wants one GiB per row of a device, less when rematerialised."""
+
+    def __init__(self):
+        self.compiled: list[str] = []
+
+    def plan(self, request: PlanRequest, *, compile: bool = True) -> planning.Plan:
+        execution = request.execution
+        mesh = {"replica": 1, "fsdp": 16, "tensor": 1}
+        sizes = dict(part.split("=") for part in (execution.mesh or "").split(",") if part)
+        mesh |= {"fsdp": int(sizes.get("fsdp", 1 if sizes else 16))}
+        mesh |= {axis: int(sizes.get(axis, 1)) for axis in ("replica", "tensor")}
+        parts = mesh["replica"] * mesh["fsdp"] * execution.accumulate
+        if request.batch_size % parts:
+            raise InputError("rows must divide")
+        kept = 2**30 * request.batch_size // parts // (4 if execution.remat == "full" else 1)
+        state = 12 * 2**30 // (mesh["fsdp"] * mesh["tensor"])
+        self.compiled += [f"{mesh} {execution.remat} {execution.accumulate}"] * compile
+        return planning.Plan(
+            request=request, mesh=mesh, devices=16, usable=2**34, parameters=10**9, flops={},
+            fits=state + kept <= 2**34, needed=state + kept * compile, placements=(),
+            memory={"parameters": state, "moments": 0, "average": 0, "activations": kept},
+            collectives=None, bound=None, seconds=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "mesh_found", "remat", "accumulate"),
+    [
+        ("replica=16", 128, "fsdp=16", "none", 1),  # the state alone was too much
+        (None, 512, "fsdp=16", "full", 1),
+        ("fsdp=16", 4096, "fsdp=16", "full", 8),
+    ],
+)
+def test_the_cheapest_change_that_fits_is_proposed(mesh, rows, mesh_found, remat, accumulate):
+    planner: Any = Pretended()
+    asked = planner.plan(request(mesh, batch_size=rows))
+    asked = dataclasses.replace(asked, fits=False)
+    *_, found = planning.propose(planner, asked)
+    assert found.fits
+    execution = found.request.execution
+    assert (execution.mesh, execution.remat, execution.accumulate) == (
+        mesh_found,
+        remat,
+        accumulate,
+    )
+    assert len(set(planner.compiled)) == len(planner.compiled), "something was compiled twice"
+
+
+def test_nothing_is_proposed_where_nothing_can_fit():
+    planner: Any = Pretended()
+    asked = planner.plan(request("fsdp=16", batch_size=2**20))
+    assert list(planning.propose(planner, asked)) == []
 
 
 @pytest.mark.skipif(MISSING is None, reason="libtpu is here")

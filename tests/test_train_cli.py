@@ -94,6 +94,22 @@ def test_a_run_leaves_all_that_was_asked_for(run):
     assert (options.num_beams, options.max_length) == (1, 12)
 
 
+def test_resuming_reads_all_from_the_folder(run, tmp_path, monkeypatch):
+    asked = []
+
+    def train(config):
+        asked.append(config)
+        raise EncDecError("seen")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax_encdec.training.loop.train", train)
+    assert main(["train", "--resume", str(run), "--steps", "9"]) == 2
+    before = load(run / "config.toml")
+    changes = {"resume": "always", "overwrite": False, "output": str(run), "steps": 9}
+    assert asked == [before.replace(run=changes)]
+
+
+@pytest.mark.exhaustive
 def test_resuming_needs_nothing_but_the_folder(run, tmp_path, monkeypatch, capsys):
     """From another working folder, stopped at 2 of 4: the same numbers as the run never stopped."""
     copy = Path(shutil.copytree(run, tmp_path / "copy"))

@@ -299,30 +299,34 @@ def test_a_batch_without_targets_moves_nothing():
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch():
-    """The same seed and step drop the same; another seed, step or micro-batch does not."""
-    still = optax.sgd(0.0)
-    given = batch(pairs(3, 1) * 4)  # four times the same row
+    """The same step drops the same, however it was reached; another one, or another micro-batch,
+    does not."""
+    still, row = optax.sgd(0.0), batch(pairs(3, 1))
 
-    def losses(step, start, count=2, given=given):
+    def losses(step, start, given):
         state = init_state(small(), still, one_device(), params=small_params())
         state = state.replace(step=jnp.asarray(start, jnp.int32))
         found = []
-        for _ in range(count):
+        for _ in range(2):
             state, metrics = step(state, given)
             found.append(float(metrics["loss"]))
         return found
 
-    step = make_train_step(small(), still, one_device(), seed=1)
-    first = losses(step, 0)
-    assert first == losses(step, 0)
-    assert first[0] != first[1]
-    assert losses(step, 1)[0] == first[1]
-    other = make_train_step(small(), still, one_device(), seed=2, accumulate=4)
-    whole = losses(other, 0)
-    assert first[0] != whole[0]
+    step = make_train_step(small(), still, one_device(), seed=2)
+    first = losses(step, 0, row)
+    assert first == losses(step, 0, row)
+    assert abs(first[0] - first[1]) > 1e-3
+    assert losses(step, 1, row)[0] == first[1]
     # Did each micro-batch drop the same, the loss would be that of one row, four times.
-    alone = make_train_step(small(), still, one_device(), seed=2)
-    assert abs(whole[0] - losses(alone, 0, 1, batch(pairs(3, 1)))[0]) > 1e-3
+    split = make_train_step(small(), still, one_device(), seed=2, accumulate=4)
+    four = {name: np.repeat(x, 4, axis=0) for name, x in row.items()}
+    assert abs(losses(split, 0, four)[0] - first[0]) > 1e-3
+    state = init_state(small(), still, one_device(), params=small_params())
+    texts = [
+        make_train_step(small(), still, one_device(), seed=seed).lower(state, row).as_text()
+        for seed in (2, 2, 3)
+    ]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_half_precision_computes_over_float32_masters():

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax_encdec
 from jax_encdec.errors import EncDecError, InputError, nearest
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "inspect", "convert")
+COMMANDS = ("demo", "train", "evaluate", "plan", "generate", "inspect", "convert")
 PROGRAM = "jax-encdec"
 _MAX_MESSAGE = 2000
 

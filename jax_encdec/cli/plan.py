@@ -136,7 +136,7 @@ def read(args: argparse.Namespace) -> PlanRequest:
         )
     if sentence := missing(args.gpu is not None):
         raise InputError(sentence)
-    overrides = list(args.overrides or ())
+    overrides: list[Any] = list(args.overrides or ())
     for name, (key, *_) in _SHORT.items():
         if (value := getattr(args, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -317,17 +317,16 @@ def _collectives(plan: Plan) -> list[str]:
 
 
 def _speed(plan: Plan) -> list[str]:
-    flops = plan.flops["train_step"]
-    lines = [f"{flops / 1e12:,.2f} TFLOP of matrix products per step, by our own count"]
+    flops = plan.flops["train_step"] / plan.devices
+    lines = [f"{flops / 1e9:,.1f} GFLOP of matrix products on each device, by our own count"]
     if plan.bound is not None and plan.utilisation is not None:
         bound = plan.bound
-        names = {"compute": "compute", "memory": "memory", "links": "links", "network": "network"}
         parts = [
-            f"{names[name]} {1e3 * value:.2f} ms"
-            for name in names
+            f"{name} {1e3 * value:.3g} ms"
+            for name in ("compute", "memory", "links", "network")
             if (value := getattr(bound, name)) > 0
         ]
-        lines.append(f"at the least, per step: {', '.join(parts)}")
+        lines.append(f"a step takes at the least: {', '.join(parts)}")
         lines.append(
             f"utilisation is at most {plan.utilisation:.0%} of peak, limited by {bound.limit}"
         )

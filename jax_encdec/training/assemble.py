@@ -100,6 +100,7 @@ def assemble(config: TrainingConfig, given: Given, *, folder: Path, resuming: bo
         split: _data(config, given, split, tokenizers, model)
         for split in ("train", "validation", "test")
     }
+    notes += tuple(f"{split}: {d.skipped}" for split, d in data.items() if d and d.skipped)
     train = data["train"]
     if train is None:
         raise ConfigError("there is nothing to train on: name data.train, or pass train_data")
@@ -244,6 +245,7 @@ def facts(parts: Parts) -> dict[str, Any]:
             "dtype": f"{model.dtype} over {model.param_dtype} parameters",
         },
         "data": {
+            "training files": list(config.data.train) or "none: pairs were given in Python",
             "training pairs": len(parts.batches.data),
             "validation pairs": len(parts.validation) if parts.validation is not None else 0,
             "test pairs": len(parts.test) if parts.test is not None else 0,

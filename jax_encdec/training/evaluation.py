@@ -27,7 +27,7 @@ from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.pipeline import Text2TextPipeline, decode
 from jax_encdec.tokenization import TokenizerPair, bucket_length
-from jax_encdec.training import scores as texts
+from jax_encdec.training import scores as scoring
 from jax_encdec.training.batches import evaluation_batches
 from jax_encdec.training.config import EvaluationConfig
 from jax_encdec.training.dataset import TokenizedData
@@ -147,7 +147,7 @@ def evaluate(
     began = time.perf_counter()
     wanted = len(data) if samples is None else min(samples, len(data))
     if wanted:
-        texts.check_metrics(config.metrics)
+        scoring.check_metrics(config.metrics)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     eval_step = eval_step or make_eval_step(model, mesh, rules)
     sums = losses(params, data, config.batch_size, mesh, eval_step)
@@ -212,10 +212,10 @@ def _scored(
     sources = tuple(record.source for record in records)
     references = tuple(record.target for record in records)
     kinds, tokenizer = config.metrics, config.bleu_tokenizer
-    scored = texts.score(predictions, references, kinds, bleu_tokenizer=tokenizer)
+    scored = scoring.score(predictions, references, kinds, bleu_tokenizer=tokenizer)
     baselines = {}
     if config.baselines:
-        for name, part in texts.baseline_scores(sources, references, kinds, tokenizer).items():
+        for name, part in scoring.baseline_scores(sources, references, kinds, tokenizer).items():
             baselines[name] = part.values
     return replace(
         found,

@@ -9,7 +9,8 @@ and data; it may be stopped (signal, Ctrl-C, a callback, the clock) after any st
 its checkpoint as if it had not been.
 
 In a job of several processes all of them call `train` with the same arguments; process 0 writes
-metrics, report and model.
+metrics, report and model. The validation loss is computed on the mesh; to generate, each process
+gathers the parameters, takes its share of the texts, and all exchange what they made.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from jax_encdec.training.batches import prefetch
 from jax_encdec.training.callbacks import EarlyStopping, Stop, best_index, check_callbacks, notify
 from jax_encdec.training.checkpoint import Checkpoints
 from jax_encdec.training.config import TrainingConfig
-from jax_encdec.training.config_io import to_toml
 from jax_encdec.training.dataset import TokenizedData
 from jax_encdec.training.distributed import EXIT_STOPPED, stop_on_signals
 from jax_encdec.training.gather import agreed, first_process, gathered, in_parts, on_first_process
@@ -183,6 +183,8 @@ class Run:
         self._covered: list[dict[str, float]] = []
         self._shapes: set[tuple[int, int, int]] = set()
         self._compiling = 0.0
+        self._evaluations: list[dict[str, Any]] = []
+        self._signals: Any = None
         self._stop: Stop | None = None
         self._saved = -1
         self._why = ""
@@ -207,8 +209,8 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluation lines of metrics.jsonl so far."""
-        return self._log.of("evaluate")
+        """The evaluation lines of metrics.jsonl so far, those before a resume included."""
+        return self._evaluations
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -234,14 +236,16 @@ class Run:
         if error is not None and self.state is not None:
             words = "it was interrupted" if kind is KeyboardInterrupt else f"of an error: {error}"
             self._write_end(self._why or words)
+            if kind is NonFiniteError and first_process():
+                report.write_report(self.folder)  # Its curve shows how it came to that.
         self._log.close()
 
     def _go(self) -> TrainResult:
-        notes = self._begin()
+        self._begin()
         with stop_on_signals() as self._signals:
             self._tell("on_start")
-            for note in notes:
-                self._say(note)
+            if self.step:
+                self._say(f"going on with {self.folder} from step {self.step}")
             try:
                 stopped, self._why = self._steps()
                 if stopped not in ("signal", "interrupted"):
@@ -256,8 +260,8 @@ class Run:
         self._write_end(self._why)
         return self._result(stopped, self.params, self.step)
 
-    def _begin(self) -> list[str]:
-        """Make or restore the state, open the record; what there is to say of it."""
+    def _begin(self) -> None:
+        """Make or restore the state, and open the record."""
         parts, run = self.parts, self.config.run
         notes = list(parts.notes)
         restored = None
@@ -271,27 +275,26 @@ class Run:
             parts.batches.check(restored.extra["data"])
             self.state, self.step = restored.state, restored.step
             self._saved = self.step
-            notes += [*restored.notes, f"going on with {self.folder} from step {self.step}"]
+            # From the checkpoint, so that all processes have the same.
+            self._evaluations = list(restored.extra["evaluations"])
+            notes += [*restored.notes, *run_folder.changes(self.folder, self.config)]
         if first_process():
             self._log = MetricsLog(self.folder / run_folder.METRICS, step=self.step)
-            hub.write_bytes(self.folder / run_folder.CONFIG, to_toml(self.config).encode())
+            run_folder.save_config(self.folder, self.config)
             if restored is None:
                 run_folder.save_start(self.folder, self.model, self.tokenizers)
             values = {"started": _now(), "from_step": self.step, **report.environment()}
             values |= facts(parts) | {"notes": notes}
             report.write_session(self.folder, values)
-        elif restored is not None:
-            self._log.records.extend(restored.extra["evaluations"])
         flops, peak = flops_of(parts)
         self._meter = Meter(flops, peak=peak)
-        return notes
 
     # Steps --------------------------------------------------------------------------------------
 
     def _steps(self) -> tuple[Stopped, str]:
         """Take steps until all are taken or something stops the run; why it ended."""
         # A run killed between a step and its evaluation owes it.
-        if self.step and self._wants_evaluation() and self.step not in self._evaluated():
+        if self.step and self._wants_evaluation():
             self._evaluate()
         parts = self.parts
         index, count = data_shard(parts.mesh)
@@ -356,10 +359,9 @@ class Run:
             self._write_line(step)
 
     def _non_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-        names = [n for n in ("loss", "grad_norm") if not np.isfinite(metrics[n])]
-        what = " and ".join(f"the {n} ({metrics[n]})" for n in names).replace(
-            "grad_norm", "gradient's norm"
-        )
+        spelled = {"loss": "the loss", "grad_norm": "the gradient's norm"}
+        names = [n for n in spelled if not np.isfinite(metrics[n])] or ["loss"]
+        what = " and ".join(f"{spelled[n]} ({metrics[n]})" for n in names)
         saved = self._checkpoints.steps()
         last = (
             f"the checkpoint of step {saved[-1]} stays" if saved else "there is no checkpoint yet"
@@ -487,6 +489,7 @@ class Run:
         with self._meter.paused():
             record = self._scores("validation", self.params)
             record = self._log.write("evaluate", self.step, record)
+        self._evaluations.append(record)
         self._tell("on_evaluate", record)
 
     def _scores(self, split: str, params: Any) -> dict[str, Any]:
@@ -544,7 +547,8 @@ class Run:
         self._save()
         self._checkpoints.wait()
         params, step = self._final()
-        if self.parts.test is not None and step not in {r["step"] for r in self._log.of("test")}:
+        tested = step in {record["step"] for record in self._log.of("test")}
+        if self.parts.test is not None and not agreed(int(tested)):
             record = self._log.write("test", step, self._scores("test", params))
             self._tell("on_evaluate", record)
         self._write_end(self._why)

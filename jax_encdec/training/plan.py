@@ -14,13 +14,16 @@ written once, kept activations written and read once).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -105,6 +108,11 @@ class PlanRequest:
         """Published figures."""
         return (GPUS | TPUS)[self.kind]
 
+    @property
+    def chips(self) -> int:
+        """How many chips there are."""
+        return self.slices * math.prod(int(n) for n in self.topology.split(":")[1].split("x"))
+
     def to_json(self, *, compile: bool = True) -> dict[str, Any]:
         """What `plan_compile` reads."""
         return {
@@ -115,6 +123,8 @@ class PlanRequest:
                 name: getattr(self, name)
                 for name in ("topology", "slices", "batch_size", "source_length", "target_length")
             },
+            "chips": self.chips,
+            "chip_memory": int(self.chip.memory),
             "packed": self.packed,
             "dropout": self.dropout,
             "compile": compile,
@@ -204,11 +214,12 @@ class Planner:
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
+        self.log = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "jax_encdec.training.plan_compile"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
             env=env,
             text=True,
         )
@@ -219,10 +230,12 @@ class Planner:
     def __exit__(self, *_: Any) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        self.log.close()
 
     def plan(self, request: PlanRequest, *, compile: bool = True) -> Plan:
         """Plan one run.
@@ -235,22 +248,25 @@ class Planner:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request.to_json(compile=compile)) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
             raise InputError(
-                f"the compiler for {request.topology} ended without an answer (exit code {code}); "
-                f"it may have run out of this machine's memory"
+                f"the compiler for {request.topology} ended without an answer (exit code "
+                f"{self.process.wait()}, -9 where this machine's memory was too small): "
+                f"{self._last_words()}"
             )
         answer = json.loads(line)
         if "error" in answer:
             raise InputError(answer["error"])
         return _plan(request, answer)
+
+    def _last_words(self) -> str:
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log.read()[-2000:].splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -263,18 +279,19 @@ def plan(request: PlanRequest) -> Plan:
 
 
 def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
-    chip, devices = request.chip, 1
-    for size in answer["mesh"].values():
-        devices *= size
-    usable = int(chip.memory / _share(request, devices) * (_USABLE if request.gpu else 1.0))
+    chip, devices = request.chip, math.prod(answer["mesh"].values())
+    share = max(1, devices // request.chips)  # devices of JAX on one chip
+    usable = int(chip.memory / share * (_USABLE if request.gpu else 1.0))
     state = {name: answer["memory"][name] for name in ("parameters", "moments", "average")}
     memory, needed, notes = dict(state), sum(state.values()), list(answer["notes"])
     memory["activations"] = answer["memory"]["activations"]
     bound, collectives, fits = None, None, needed <= usable
     if (refused := answer.get("refused")) is not None:
         fits = False
-        needed = refused.get("needed", needed)
+        needed = refused.get("needed", needed + refused.get("temporaries", 0))
         usable = refused.get("usable", usable)
+        memory |= {k: v for k, v in refused.items() if k == "temporaries"}
+        notes.append(f"the compiler says: {refused['message']}")
     elif (compiled := answer.get("compiled")) is not None:
         memory["temporaries"] = compiled["temporaries"]
         memory["program"] = compiled["program"]
@@ -283,7 +300,7 @@ def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
         needed = sum(v for k, v in memory.items() if k != "activations")
         fits = needed <= usable
         collectives = tuple(answer["collectives"])
-        bound = _bound(request, answer, memory, devices)
+        bound = _bound(request, answer, memory, devices, share)
         if request.gpu and fits and needed > 0.75 * chip.memory:
             notes.append(
                 "JAX takes three quarters of a GPU's memory by default: set "
@@ -307,20 +324,10 @@ def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
     )
 
 
-def _share(request: PlanRequest, devices: int) -> int:
-    """Devices of JAX that share one chip."""
-    if request.gpu:
-        return 1
-    chips = request.slices
-    for size in request.topology.split(":")[1].split("x"):
-        chips *= int(size)
-    return max(1, devices // chips)
-
-
 def _bound(
-    request: PlanRequest, answer: dict[str, Any], memory: dict[str, int], devices: int
+    request: PlanRequest, answer: dict[str, Any], memory: dict[str, int], devices: int, share: int
 ) -> Bound:
-    chip, share = request.chip, _share(request, devices)
+    chip = request.chip
     flops = own = answer["flops"]["train_step"]
     if request.execution.remat == "full":
         flops += answer["flops"]["forward"]
@@ -355,13 +362,19 @@ def propose(planner: Planner, refused: Plan) -> Iterator[Plan]:
         except InputError:
             continue  # heads, rows or micro-batches that do not divide
         least = guess.needed + guess.memory["activations"]
-        if least > guess.usable or (guess.mesh == refused.mesh and request == refused.request):
+        if least > min(guess.usable, refused.usable) or _alike(guess, refused):
             continue
         found = planner.plan(request)
         trials += 1
         yield found
         if found.fits or trials == _MAX_TRIALS:
             return
+
+
+def _alike(a: Plan, b: Plan) -> bool:
+    """Whether two plans differ in no more than how their mesh was written."""
+    same = replace(a.request.execution, mesh=None) == replace(b.request.execution, mesh=None)
+    return same and a.mesh == b.mesh
 
 
 def _candidates(refused: Plan) -> Iterator[PlanRequest]:

@@ -81,7 +81,7 @@ def answer_to(request: Request) -> dict[str, Any]:
     config = EncoderDecoderConfig.from_dict(request["model"])
     attention = execution.attention
     if request["gpu"] and attention in ("auto", "cudnn") and not _has_cudnn():
-        attention = "xla"
+        attention = "dense" if request["dropout"] else "xla"
         notes.append("attention is planned without cuDNN's kernel, which is not installed here")
     model = EncoderDecoderModel(
         config, dtype=execution.dtype, param_dtype=execution.param_dtype
@@ -129,7 +129,9 @@ def answer_to(request: Request) -> dict[str, Any]:
         ],
         "notes": notes,
     }
-    if request["compile"]:
+    least = sum(answer["memory"][name] for name in ("parameters", "moments", "average"))
+    # Where not even the state fits, the compiler need not be asked.
+    if request["compile"] and least * len(devices) <= request["chip_memory"] * request["chips"]:
         answer |= _compiled(step, state, batch, mesh)
     return answer
 
@@ -157,16 +159,26 @@ def _compiled(step: Any, state: Any, batch: dict[str, Any], mesh: Mesh) -> dict[
     }
 
 
-_GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+_SIZE = r"([\d.]+)([KMGT]?)"
 
 
 def _out_of_memory(message: str) -> dict[str, Any] | None:
-    """What a TPU's compiler says of a program that does not fit: needed and usable bytes."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if found is None:
-        return {"message": _line(message)} if "RESOURCE_EXHAUSTED" in message else None
-    needed, usable = (float(found[i]) * _GIGA[found[i + 1]] for i in (1, 3))
-    return {"needed": int(needed), "usable": int(usable), "message": _line(message)}
+    """What a TPU's compiler says of a program that does not fit, in bytes; None: another error.
+
+    `needed` of all, or `temporaries` alone, and what is `usable`.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    out: dict[str, Any] = {"message": _line(message)}
+    for needed, pattern in (
+        ("needed", rf"Used {_SIZE} of {_SIZE} hbm"),
+        ("temporaries", rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    ):
+        if found := re.search(pattern, message):
+            sizes = [int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3)]
+            out |= {needed: sizes[0], "usable": sizes[1]}
+    return out
 
 
 def _line(text: str) -> str:
@@ -275,12 +287,12 @@ def _activations(
     part = {
         k: jax.ShapeDtypeStruct((max(1, rows), *x.shape[1:]), x.dtype) for k, x in batch.items()
     }
-    if model.execution.attention not in ("dense", "xla"):
-        model = model.clone(execution=replace(model.execution, attention="xla"))
+    if model.execution.attention in ("cudnn", "splash"):  # which cannot be traced here
+        model = model.clone(execution=replace(model.execution, attention="auto"))
 
     def kept(params: Any, batch: Any) -> list[jax.Array]:
         def loss(params: Any) -> jax.Array:
-            return model.apply(
+            out: Any = model.apply(
                 {"params": params},
                 **batch,
                 label_smoothing=execution.label_smoothing,
@@ -288,7 +300,8 @@ def _activations(
                 deterministic=not request["dropout"],
                 rngs={"dropout": jax.random.key(0)},
                 method="loss",
-            ).loss_sum
+            )
+            return out.loss_sum
 
         _, pull = jax.vjp(loss, params)
         own = {id(x) for x in jax.tree.leaves(params)}

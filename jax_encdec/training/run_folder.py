@@ -15,6 +15,7 @@ A folder that holds anything else is left alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,11 +25,12 @@ from typing import Any
 
 from jax_encdec import hub
 from jax_encdec.encoder_decoder import EncoderDecoderModel
-from jax_encdec.errors import InputError
+from jax_encdec.errors import EncDecError, InputError
 from jax_encdec.pretrained import generation_defaults, published_config, read_configs
 from jax_encdec.tokenization import TokenizerPair
+from jax_encdec.training import config_io
 from jax_encdec.training.checkpoint import Checkpoints
-from jax_encdec.training.config import RunConfig
+from jax_encdec.training.config import RunConfig, TrainingConfig
 
 CONFIG, METRICS, SESSIONS = "config.toml", "metrics.jsonl", "sessions.jsonl"
 CHECKPOINTS, MODEL, START, SAMPLES = "checkpoints", "model", "start", "samples"
@@ -89,6 +91,30 @@ def saved(run: RunConfig) -> bool:
 def _own(name: str) -> bool:
     # Hidden files are a killed process's temporary ones, or the file system's.
     return name in NAMES or name.startswith(".")
+
+
+def save_config(folder: Path, config: TrainingConfig) -> None:
+    """Write config.toml; used again, it neither goes on with a run unasked nor removes one."""
+    config_io.save(config.replace(run={"resume": "never", "overwrite": False}), folder / CONFIG)
+
+
+def changes(folder: Path, config: TrainingConfig) -> list[str]:
+    """What a resumed run does otherwise than the run until now, a sentence for each key."""
+    try:
+        before = config_io.load(folder / CONFIG)
+    except EncDecError:
+        return ["the configuration until now is not known: config.toml is missing or damaged"]
+    found = []
+    for section in dataclasses.fields(config):
+        old, new = getattr(before, section.name), getattr(config, section.name)
+        for key in dataclasses.fields(new):
+            values = getattr(old, key.name), getattr(new, key.name)
+            if values[0] != values[1] and f"{section.name}.{key.name}" not in _FREE:
+                found.append(f"{section.name}.{key.name} was {values[0]} and is {values[1]}")
+    return found
+
+
+_FREE = {f"run.{name}" for name in ("output", "resume", "overwrite", "progress", "max_minutes")}
 
 
 def save_start(folder: Path, model: EncoderDecoderModel, tokenizers: TokenizerPair | None) -> None:

@@ -35,9 +35,9 @@ from jax_encdec.training.sharding import (
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step changes."""
+    """Everything that a training step changes; or the shape, or the sharding, of each part."""
 
-    step: jax.Array
+    step: Any
     """int32 scalar: steps taken."""
     params: Any
     opt_state: Any
@@ -141,7 +141,7 @@ def state_shardings(
 
 def _owner(path: Any, placed: Mapping[LeafPath, Placement]) -> Placement | None:
     """The parameter whose path stands at the end of a leaf's, or nearest to it."""
-    names = tuple(getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
+    names = tuple(str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path)
     for end in range(len(names), 0, -1):
         for start in range(end):
             if names[start:end] in placed:

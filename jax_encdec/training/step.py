@@ -17,13 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from jax_encdec.encoder_decoder import IGNORE, EncoderDecoderModel
 from jax_encdec.errors import InputError
+from jax_encdec.layers import flatten
 from jax_encdec.training.optimizer import Optimizer
 from jax_encdec.training.sharding import (
     DEFAULT_RULES,
+    LeafPath,
     ShardingRules,
     batch_shardings,
     param_shardings,
@@ -35,6 +38,7 @@ from jax_encdec.training.state import TrainState, init_state, state_shardings
 
 __all__ = ["Step", "TrainState", "init_state", "make_eval_step", "make_train_step"]
 
+Leaves = dict[LeafPath, jax.Array]
 Batch = Mapping[str, Any]
 """int32 arrays: `input_ids`, `attention_mask` `[B, S]`, `labels` `[B, T]` (-100: no loss) and, when
 packed, `segment_ids` `[B, S]` and `decoder_segment_ids` `[B, T]`; or any other argument of
@@ -98,6 +102,7 @@ def make_train_step(
         model: parameters are updated in their own dtype (float32 masters); the computation is in
             `model.dtype`. Activation rules are taken from `rules`.
         optimizer: of `make_optimizer`, or any of optax's; clips, schedules and masks by itself.
+            What `model.trainable()` leaves out is never changed.
         seed: of dropout.
         accumulate: number of micro-batches into which the batch is split, one after the other
             through forward and backward pass; their gradients are summed in float32.
@@ -121,13 +126,13 @@ def make_train_step(
     if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
         raise InputError(f"ema_decay must be from 0 to below 1; got {ema_decay}")
     model = on_mesh(model, mesh, rules)
-    placed = param_shardings(model, mesh, rules)
     used = used_shardings(model, mesh, rules)
+    trained = trained_leaves(model, optimizer)
+    placed = {p: s for p, s in flatten(param_shardings(model, mesh, rules)).items() if p in trained}
 
-    def objective(params: Any, batch: Batch, weight: jax.Array, key: jax.Array) -> Any:
-        params = gathered(params, used)
-        out = model.apply(
-            {"params": params},
+    def objective(moving: Leaves, still: Leaves, batch: Batch, weight: Any, key: Any) -> Any:
+        out: Any = model.apply(
+            {"params": gathered(unflatten_dict(moving | still), used)},
             **batch,
             label_smoothing=label_smoothing,
             loss_chunk=loss_chunk,
@@ -139,41 +144,37 @@ def make_train_step(
         # Divided here and not at the end, gradients need no pass of their own for it.
         return out.loss_sum / weight, sums
 
-    def gradients(*args: Any) -> Any:
+    def gradients(*args: Any) -> tuple[dict[str, jax.Array], Leaves]:
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(*args)
         # Each device needs the sum of its own part only: a reduce-scatter, no all-reduce.
         return sums, grads if mesh.size == 1 else jax.lax.with_sharding_constraint(grads, placed)
 
-    def update(grads: Any, state: TrainState) -> tuple[jax.Array, Any, Any]:
-        if isinstance(optimizer, Optimizer):  # one pass over each trained leaf
-            norm = optimizer.gradient_norm(grads, state.opt_state)
-            return norm, *optimizer.apply(grads, state.opt_state, state.params)
-        both = zip(*map(jax.tree.leaves, (grads, model.trainable())), strict=True)
-        norm = optax.tree.norm([grad for grad, trained in both if trained])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return norm, optax.apply_updates(state.params, updates), opt_state
+    def summed(moving: Leaves, still: Leaves, batch: Batch, weight: Any, key: Any) -> Any:
+        """Sums and gradients over the micro-batches, one at a time."""
+        if accumulate == 1:
+            return gradients(moving, still, batch, weight, jax.random.fold_in(key, 0))
+
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            part, number = micro
+            new = gradients(moving, still, part, weight, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+
+        micro = {name: split_rows(x, accumulate, mesh) for name, x in batch.items()}
+        first = {name: x[0] for name, x in micro.items()}
+        shapes = jax.eval_shape(gradients, moving, still, first, weight, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        if mesh.size > 1:
+            zeros = zeros[0], jax.lax.with_sharding_constraint(zeros[1], placed)
+        return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         tokens = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
         weight = jnp.maximum(tokens, 1.0)
-        if accumulate == 1:
-            sums, grads = gradients(state.params, batch, weight, jax.random.fold_in(key, 0))
-        else:
-
-            def add(total: Any, micro: Any) -> Any:
-                part, number = micro
-                new = gradients(state.params, part, weight, jax.random.fold_in(key, number))
-                return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
-
-            micro = jax.tree.map(lambda x: split_rows(x, accumulate, mesh), dict(batch))
-            first = jax.tree.map(lambda x: x[0], micro)
-            shapes = jax.eval_shape(gradients, state.params, first, weight, key)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-            if mesh.size > 1:
-                zeros = zeros[0], jax.lax.with_sharding_constraint(zeros[1], placed)
-            (sums, grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
-        norm, params, opt_state = update(grads, state)
+        leaves = flatten(state.params)
+        moving = {path: leaves.pop(path) for path in trained}
+        sums, grads = summed(moving, leaves, batch, weight, key)
+        norm, params, opt_state = updated(optimizer, grads, state)
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
@@ -201,6 +202,27 @@ def make_train_step(
     return Step(mesh, jitted, accumulate, ema_decay is not None)
 
 
+def trained_leaves(model: EncoderDecoderModel, optimizer: Any) -> tuple[LeafPath, ...]:
+    """The leaves that a step changes; of the others not even a gradient is computed."""
+    own = optimizer.trained if isinstance(optimizer, Optimizer) else model.trainable()
+    return tuple(path for path, trained in flatten(own).items() if trained)
+
+
+def updated(optimizer: Any, grads: Leaves, state: TrainState) -> tuple[jax.Array, Any, Any]:
+    """The gradients' norm, the new parameters, the optimizer's new state."""
+    if isinstance(optimizer, Optimizer):  # one pass over each trained leaf
+        tree = unflatten_dict(grads)
+        norm = optimizer.gradient_norm(tree, state.opt_state)
+        return norm, *optimizer.apply(tree, state.opt_state, state.params)
+    zeros = {p: jnp.zeros_like(x) for p, x in flatten(state.params).items() if p not in grads}
+    updates, opt_state = optimizer.update(
+        unflatten_dict(grads | zeros), state.opt_state, state.params
+    )
+    params = flatten(optax.apply_updates(state.params, updates))
+    kept = {path: x for path, x in flatten(state.params).items() if path in zeros}
+    return optax.tree.norm(grads), unflatten_dict(params | kept), opt_state
+
+
 def make_eval_step(
     model: EncoderDecoderModel,
     mesh: Mesh,
@@ -220,7 +242,7 @@ def make_eval_step(
 
     def step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         params = gathered(params, used)
-        out = model.apply({"params": params}, **batch, loss_chunk=loss_chunk, method="loss")
+        out: Any = model.apply({"params": params}, **batch, loss_chunk=loss_chunk, method="loss")
         return {"nll_sum": out.nll_sum, "weight": out.loss_weight, "correct": out.correct}
 
     shardings = param_shardings(model, mesh, rules), rows(mesh)
