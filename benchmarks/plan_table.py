@@ -77,8 +77,8 @@ def main() -> None:
         row["wall_seconds"], row["cpu_seconds"] = time.perf_counter() - began, _cpu() - cpu
         found["rows"][label] = row
         file.write_text(json.dumps(found, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(table(found))
         print(label, f"{row['wall_seconds']:.0f} s", flush=True)
-    args.output.with_suffix(".md").write_text(table(found))
 
 
 def _cpu() -> float:

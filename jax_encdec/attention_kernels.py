@@ -46,7 +46,7 @@ class Visible(NamedTuple):
 def platform() -> str:
     """Where the program being traced will run: the current mesh's platform, else the default's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    device = jax.config.jax_default_device if device is None else device
+    device = getattr(jax.config, "jax_default_device", None) if device is None else device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
@@ -240,7 +240,7 @@ def _splash(
     segments = visible.segments
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, *ids: jax.Array) -> jax.Array:
-        kernel = splash.make_splash_mha(
+        kernel: Any = splash.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[1]),
             block_sizes=tiles,
             head_shards=1,

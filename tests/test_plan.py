@@ -222,7 +222,7 @@ def test_impossible_requests_are_refused(change, words):
 def parsed(*words: str) -> PlanRequest:
     parser = Parser()
     command.add_parser(parser.add_subparsers(parser_class=Parser))
-    return command.read(parser.parse_args(["plan", *words]))
+    return command.read(parser.parse_args(["plan", *words]))[0]
 
 
 @pytest.fixture
@@ -268,6 +268,18 @@ def test_two_sides_or_a_run_s_configuration_are_a_model(tmp_path: Path, installe
     assert from_file.batch_size == 48
     assert from_file.optimizer.preset == "liu-lapata"
     assert from_file.model == found.model
+
+
+def test_lengths_come_from_buckets_or_are_said_to_be_assumed(tmp_path: Path, installed):
+    (tmp_path / "config.json").write_text(json.dumps(pair().to_dict()))
+    toml = tmp_path / "run.toml"
+    toml.write_text(f"[model]\npath = '{tmp_path}'\n[data]\nsource_buckets = [32, 64]\n")
+    parser = Parser()
+    command.add_parser(parser.add_subparsers(parser_class=Parser))
+    found, notes = command.read(parser.parse_args(["plan", str(toml), "--topology", "v5e:4x4"]))
+    assert (found.source_length, found.target_length) == (64, 128)
+    assert len(notes) == 1
+    assert "--target-length" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from oracle import transformers
 
 from jax_encdec import BertConfig, EncoderDecoderModel
 from jax_encdec.families import FAMILIES, GPT2Config, RobertaConfig
+from jax_encdec.training import config_io
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -52,7 +54,7 @@ def published(tmp_path_factory):
 
 def test_the_python_of_the_readme_runs(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ids = np.random.default_rng(0).integers(5, 150, (2, 8))
+    ids = np.random.default_rng(0).integers(5, 150, (8, 8))  # a row for each device
     names = {
         "batches": [{"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}] * 2,
         "input_ids": ids,
@@ -81,9 +83,15 @@ def test_the_python_of_the_readme_runs(published, tmp_path, monkeypatch):
         code = code.replace("max_length=64", "max_length=6").replace("102", "2")
         exec(compile(code, "README.md", "exec"), names)
         ran += 1
-    assert ran >= 7
+    assert ran >= 9
     assert EncoderDecoderModel.from_pretrained(tmp_path / "out")
-    assert names["summarize"](names["params"], ids, np.ones_like(ids)).shape == (2, 6)
+    assert names["summarize"](names["params"], ids, np.ones_like(ids)).shape == (8, 6)
+
+
+def test_the_toml_of_the_readme_is_a_configuration():
+    found = re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.S | re.M)
+    configs = [config_io.load(tomllib.loads(text)) for text in found]
+    assert [config.run.steps for config in configs] == [20000]
 
 
 def test_the_table_of_families_is_the_newest_record():

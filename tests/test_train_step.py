@@ -289,6 +289,30 @@ def test_numbers_that_are_not_finite_are_reported():
     assert float(metrics["finite"]) == 0.0
 
 
+def test_an_update_that_is_not_finite_can_be_left_out():
+    options = {"dropout": False, "ema_decay": 0.9, "skip_non_finite": True}
+    step = make_train_step(small(), optax.adam(0.1), one_device(), **options)
+    state = init_state(small(), optax.adam(0.1), one_device(), params=small_params(), ema=True)
+    broken = jax.tree.map(np.copy, small_params())
+    broken["encoder"]["embedding"]["token"][:] = np.inf
+    before = jax.tree.map(np.array, state.replace(params=broken))
+    after, metrics = step(state.replace(params=jax.tree.map(jnp.asarray, broken)), batch(pairs(0)))
+    assert float(metrics["finite"]) == 0.0
+    jax.tree.map(np.testing.assert_array_equal, after, before.replace(step=np.int32(1)))
+    state = init_state(small(), optax.adam(0.1), one_device(), params=small_params(), ema=True)
+    after, metrics = step(state, batch(pairs(0)))
+    assert float(metrics["finite"]) == 1.0
+    moved = jax.tree.map(lambda p, q: bool(np.any(p != q)), small_params(), after.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_an_average_of_bfloat16_parameters_is_refused():
+    with pytest.raises(InputError, match="needs float32 parameters"):
+        make_train_step(
+            small().clone(param_dtype="bfloat16"), optax.sgd(0.1), one_device(), ema_decay=0.9
+        )
+
+
 def test_a_batch_without_targets_moves_nothing():
     given = batch(pairs(0))
     given["labels"][:] = -100

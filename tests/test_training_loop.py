@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -230,8 +231,6 @@ def test_a_run_stopped_twice_by_signals_ends_as_the_one_never_stopped(straight, 
 
 
 def test_a_finished_run_may_be_gone_on_with_and_writes_its_model_again(straight, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(straight.folder, folder)
     shutil.rmtree(folder / "model")  # Killed after its last checkpoint.
@@ -249,6 +248,40 @@ def test_other_data_are_refused_on_a_resume(straight):
     config = configure(straight.folder, resume="auto")
     with pytest.raises(InputError, match="the checkpoint was made with other batches"):
         train(config, **{**GIVEN, "train_data": PAIRS[:40]})
+
+
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight.folder, folder)
+    # As if the signal had come during the last evaluation, and a kill while it was made up for:
+    # its line is there, but the checkpoint does not know of it.
+    with Checkpoints(folder / "checkpoints") as saved:
+        restored = saved.restore(straight.run.parts.abstract_state())
+        shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    with Checkpoints(folder / "checkpoints") as saved:
+        extra = restored.extra | {"evaluations": restored.extra["evaluations"][:1]}
+        saved.save(STEPS, restored.state, extra)
+    train(configure(folder, resume="auto"), validation_data=PAIRS[:8], **GIVEN)
+    assert [line["step"] for line in records(folder, "evaluate")] == [6, 12]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "model"))
+    result = train(configure(folder, resume="always"), validation_data=PAIRS[:8], **GIVEN)
+    assert_same(result.params, straight.result.params)
+    assert covered(folder) == list(range(1, STEPS + 1))
+    assert "begins anew" in (folder / "report.md").read_text()
+
+
+def test_what_was_changed_for_the_rest_of_a_run_is_reported(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight.folder, folder)
+    config = configure(folder, resume="auto").replace(evaluation={"shown": 1})
+    train(config, validation_data=PAIRS[:8], **GIVEN)
+    assert "evaluation.shown was 2 and is 1" in (folder / "report.md").read_text()
+    text = (folder / "config.toml").read_text()
+    assert 'resume = "never"' in text  # The file, used again, goes on with nothing unasked.
 
 
 def test_a_callback_stops_the_run_cleanly(tmp_path):
@@ -326,9 +359,34 @@ def test_the_best_step_becomes_the_model(tmp_path, monkeypatch):
     config = configure(tmp_path / "run", keep=1)
     result = train(config, validation_data=PAIRS[:8], **GIVEN)
     assert result.best == (6, 1.0)
+    assert result.metrics["evaluate"]["loss"] == 2.0
     assert (result.step, result.params_step) == (STEPS, 6)
     _, params = EncoderDecoderModel.from_pretrained(tmp_path / "run" / "model")
     assert_same(params, result.params)
+
+
+def test_where_the_best_step_is_damaged_the_last_one_becomes_the_model(tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0])
+
+    def evaluate(*_, **__):
+        return evaluation.EvaluationResult(loss=next(losses), accuracy=0.0, weight=1.0)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+
+    class Damage(Callback):
+        def on_save(self, run, step):
+            if step == STEPS:
+                (run.folder / "checkpoints" / "6" / "run.json").write_text("{}")
+
+    with pytest.warns(UserWarning, match="step 6 in .* is damaged.*newest sound step is taken"):
+        result = train(
+            configure(tmp_path / "run"),
+            callbacks=[Damage()],
+            validation_data=PAIRS[:8],
+            **GIVEN,
+        )
+    assert (result.step, result.params_step) == (STEPS, STEPS)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
 # Folders and arguments ----------------------------------------------------------------------------
@@ -355,6 +413,39 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_unasked(straight, tmp_pat
     assert (straight.folder / "metrics.jsonl").read_bytes() == before
     assert "holds no run to go on with" in refusal(tmp_path / "none", resume="always")
     assert not (tmp_path / "none").exists()
+
+
+def test_files_that_a_run_would_remove_or_replace_are_not_touched(tmp_path):
+    (tmp_path / "config.toml").write_text("# my own notes\n")
+    assert "holds a config.toml but no run" in refusal(tmp_path)
+    (tmp_path / "sessions.jsonl").write_text("")
+    config = configure(tmp_path, overwrite=True)
+    config = config.replace(model={"path": str(tmp_path / "model")})
+    with pytest.raises(InputError, match=r"model.path is .*, inside run.output"):
+        train(config, **GIVEN)
+    assert (tmp_path / "config.toml").read_text() == "# my own notes\n"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    from jax_encdec.training.run_folder import replaced
+
+    def fill(text: str) -> None:
+        with replaced(tmp_path / "model") as new:
+            (new / "a").write_text(text)
+            if text == "broken":
+                raise RuntimeError
+
+    fill("one")
+    fill("two")
+    with pytest.raises(RuntimeError):
+        fill("broken")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "a").read_text() == "two"
+    # Killed between the two renames: the old one is put back by the next attempt.
+    (tmp_path / "model").rename(tmp_path / ".model-old")
+    with pytest.raises(RuntimeError):
+        fill("broken")
+    assert (tmp_path / "model" / "a").read_text() == "two"
 
 
 def test_arguments_that_do_not_fit_together_are_refused(tmp_path):

@@ -98,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from jax_encdec.training.plan import Planner, propose
 
-    request = read(args)
+    request, notes = read(args)
     with Planner(request) as planner:
         found = [planner.plan(request)]
+        found[0] = dataclasses.replace(found[0], notes=notes + found[0].notes)
         if not args.json:
             print(text(found[0]), flush=True)
         if not found[0].fits and not args.no_proposal:
@@ -119,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found[0].fits else 1
 
 
-def read(args: argparse.Namespace) -> PlanRequest:
-    """The request that a command line describes.
+def read(args: argparse.Namespace) -> tuple[PlanRequest, tuple[str, ...]]:
+    """The request that a command line describes, and what it takes for granted.
 
     Raises:
         EncDecError: it names no machine or no model, or one that cannot be had.
@@ -147,19 +148,36 @@ def read(args: argparse.Namespace) -> PlanRequest:
     if config.model.kind is None:
         raise InputError("name a model: --model folder, config.json, hub id, or ENCODER+DECODER")
     model = pair(config.model)
-    source, target = config.data.max_source_length, config.data.max_target_length
-    return PlanRequest(
+    source, from_source = _length(config, "source", model.encoder_trunk.max_length, 512)
+    target, from_target = _length(config, "target", model.decoder_trunk.max_length, 128)
+    request = PlanRequest(
         model=model,
         topology=(args.gpu or args.topology).lower(),
         slices=args.slices,
         batch_size=_rows(config),
-        source_length=source or min(512, model.encoder_trunk.max_length or 512),
-        target_length=target or min(128, model.decoder_trunk.max_length or 128),
+        source_length=source,
+        target_length=target,
         packed=config.data.pack,
         dropout=config.model.dropout != 0.0,
         optimizer=config.optimizer,
         execution=dataclasses.replace(config.execution, batch_size_per_device=None),
         effort=args.effort,
+    )
+    return request, tuple(note for note in (from_source, from_target) if note)
+
+
+def _length(
+    config: TrainingConfig, side: str, most: int | None, usual: int
+) -> tuple[int, str | None]:
+    """The longest shape of a side's rows, and a note where nothing says what it is."""
+    buckets = getattr(config.data, f"{side}_buckets")
+    stated = max(buckets) if buckets else getattr(config.data, f"max_{side}_length")
+    if stated is not None:
+        return stated, None
+    length = min(usual, most or usual)
+    return length, (
+        f"a run takes its {side} lengths from the data, which a plan does not read: {length} is "
+        f"assumed (--{side}-length)"
     )
 
 
@@ -286,7 +304,7 @@ def _memory(plan: Plan) -> list[str]:
         rows.append(("temporaries", memory["temporaries"]))
     rows.append(("  activations kept", memory["activations"]))
     if "program" in memory:
-        rows += [("program", memory["program"]), ("batch, rest", memory["other"])]
+        rows += [("program", memory["program"]), ("batch, padding", memory["other"])]
     lines = [f"{'on each device':<22}{'bytes':>12}"]
     lines += [f"{name:<22}{size(value):>12}" for name, value in rows]
     total = f"{size(plan.needed)} of {size(plan.usable)}"

@@ -100,7 +100,7 @@ def assemble(config: TrainingConfig, given: Given, *, folder: Path, resuming: bo
         split: _data(config, given, split, tokenizers, model)
         for split in ("train", "validation", "test")
     }
-    notes += tuple(f"{split}: {d.skipped}" for split, d in data.items() if d and d.skipped)
+    notes += tuple(f"{split}: {note}" for split, d in data.items() if d for note in d.notes)
     train = data["train"]
     if train is None:
         raise ConfigError("there is nothing to train on: name data.train, or pass train_data")
@@ -132,6 +132,7 @@ def assemble(config: TrainingConfig, given: Given, *, folder: Path, resuming: bo
         label_smoothing=execution.label_smoothing,
         loss_chunk=execution.loss_chunk,
         ema_decay=ema_decay,
+        skip_non_finite=run.on_non_finite == "continue",
     )
 
     weights = [params]
@@ -262,9 +263,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         },
         "execution": {
             "mesh": dict(parts.mesh.shape),
-            "attention": models.attention_text(model)
-            if hasattr(models, "attention_text")
-            else None,
+            "attention": attention_facts(parts),
             "remat": model.execution.remat,
             "layers": "scanned" if model.execution.scan_layers else "in a straight line",
         },

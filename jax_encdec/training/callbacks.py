@@ -71,6 +71,10 @@ class EarlyStopping(Callback):
             raise ConfigError(f"patience must be a positive integer; got {patience!r}")
         self.metric, self.mode, self.patience = metric, mode, patience
 
+    def on_start(self, run: Run) -> Stop | None:
+        """Stop a resumed run that would have stopped here."""
+        return self.on_evaluate(run, run.evaluations[-1]) if run.evaluations else None
+
     def on_evaluate(self, run: Run, record: Mapping[str, Any]) -> Stop | None:
         """Stop, if nothing has become better for too long."""
         if self.metric not in record:

@@ -129,7 +129,7 @@ class Checkpoints:
         return self._files.steps()
 
     def best(self) -> int | None:
-        """Return the committed step with the best `best_metric`; None if no step has one."""
+        """Return the kept step with the best `best_metric`, the first of equals; None: none."""
         return next(iter(self._best_first()), None)
 
     def save(
@@ -141,9 +141,9 @@ class Checkpoints:
     ) -> None:
         """Begin to save a step; its arrays may be donated or changed as soon as this returns.
 
-        First waits for the save before it, and then deletes the steps that need not be kept. A step
-        that this object has saved or restored is left alone. Others from `step` on are set aside:
-        the run went back, and they are no longer its own.
+        First waits for the save before it, as `wait` does. A step that this object has saved or
+        restored is left alone. Others from `step` on are set aside: the run went back, and they
+        are no longer its own.
 
         Args:
             step: how many updates the state has seen.
@@ -158,8 +158,8 @@ class Checkpoints:
         """
         if self._read_only:
             raise InputError(f"{self.folder} was opened read-only; nothing can be saved in it")
-        leaves = _leaves(state)
-        content = _describe(int(step), leaves, extra or {}, metrics or {})
+        step, leaves = int(step), _leaves(state)
+        content = _describe(step, leaves, extra or {}, metrics or {})
         arrays = {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
         if not arrays:  # Orbax takes neither nothing nor an array of nothing
             raise InputError("the state must hold an array that is not empty")
@@ -177,7 +177,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written, and the steps not to be kept are gone.
+        """Return when nothing is being written any more; delete what need not be kept.
 
         Raises:
             CheckpointError: the step that was being saved could not be written.
@@ -374,7 +374,7 @@ class Checkpoints:
             value = self._metrics[step].get(self._best_metric)
             if value is not None and math.isfinite(value):
                 values[step] = sign * value
-        return sorted(values, key=lambda step: (values[step], -step))
+        return sorted(values, key=lambda step: (values[step], step))
 
     # Errors
 
@@ -386,7 +386,7 @@ class Checkpoints:
         try:
             with self._told(f"step {step} could not be saved"):
                 yield
-        except BaseException:
+        except Exception:  # not when interrupted: the save goes on, and close waits for it
             self._saving = None
             if jax.process_index() == 0:
                 self._files.drop_unfinished(step)

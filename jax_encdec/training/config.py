@@ -250,7 +250,7 @@ class RunConfig:
     overwrite: bool = False
     """Remove what an earlier run left in output."""
     on_non_finite: Literal["stop", "continue"] = "stop"
-    """What to do when a loss or gradient is not finite."""
+    """What to do when a loss or gradient is not finite: stop, or leave that update out."""
     progress: bool = True
     """Show a progress bar."""
     tensorboard: bool = False

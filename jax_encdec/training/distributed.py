@@ -31,7 +31,7 @@ EXIT_STOPPED = 75
 """Exit code of a run that was told to stop, saved its step and did; started again, it goes on."""
 EXIT_PEER_LOST = 76
 """Exit code of a process that ended because another one of its job was gone."""
-HEARTBEAT_TIMEOUT = 25
+HEARTBEAT_TIMEOUT = 20
 """Seconds without a sign of life after which a process is taken for dead."""
 
 _SLURM = (

@@ -18,10 +18,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,9 @@ import numpy as np
 
 from jax_encdec import hub
 from jax_encdec.encoder_decoder import EncoderDecoderModel
-from jax_encdec.errors import EncDecError, InputError
+from jax_encdec.errors import CheckpointError, EncDecError, InputError
 from jax_encdec.tokenization import TokenizerPair
-from jax_encdec.training import evaluation, report, run_folder
+from jax_encdec.training import report, run_folder
 from jax_encdec.training.assemble import Given, Pairs, Parts, assemble, facts, flops_of
 from jax_encdec.training.batches import prefetch
 from jax_encdec.training.callbacks import EarlyStopping, Stop, best_index, check_callbacks, notify
@@ -40,8 +40,9 @@ from jax_encdec.training.checkpoint import Checkpoints
 from jax_encdec.training.config import TrainingConfig
 from jax_encdec.training.dataset import TokenizedData
 from jax_encdec.training.distributed import EXIT_STOPPED, stop_on_signals
-from jax_encdec.training.gather import agreed, first_process, gathered, in_parts, on_first_process
+from jax_encdec.training.gather import agreed, first_process, gathered, on_first_process
 from jax_encdec.training.progress import Bar, Meter, MetricsLog, TensorBoard
+from jax_encdec.training.scoring import scored
 from jax_encdec.training.sharding import data_shard, to_global
 
 IN_FLIGHT = 2
@@ -130,7 +131,7 @@ def train(
         test=test_data,
     )
     folder = Path(config.run.output)
-    on_first_process(lambda: run_folder.check(config.run))
+    on_first_process(lambda: run_folder.check(config))
     parts = assemble(config, given, folder=folder, resuming=run_folder.saved(config.run))
     # Nothing was written until here: what is wrong with a configuration leaves no trace.
     on_first_process(lambda: run_folder.make(config.run))
@@ -214,15 +215,13 @@ class Run:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the best evaluation by `run.best_metric`."""
+        """Step and value of the best evaluation by `run.best_metric`, the first of equal ones."""
         name = self.config.run.best_metric
-        index = best_index(
-            [record.get(name) for record in self.evaluations], self.config.run.best_mode
-        )
+        values = [record.get(name) for record in self.evaluations]
+        index = best_index(values, self.config.run.best_mode)
         if index is None:
             return None
-        record = self.evaluations[index]
-        return record["step"], record[name]
+        return self.evaluations[index]["step"], self.evaluations[index][name]
 
     # From start to end --------------------------------------------------------------------------
 
@@ -241,9 +240,11 @@ class Run:
         self._log.close()
 
     def _go(self) -> TrainResult:
-        self._begin()
+        notes = self._begin()
         with stop_on_signals() as self._signals:
             self._tell("on_start")
+            for note in notes:
+                self._say(note)
             if self.step:
                 self._say(f"going on with {self.folder} from step {self.step}")
             try:
@@ -260,16 +261,16 @@ class Run:
         self._write_end(self._why)
         return self._result(stopped, self.params, self.step)
 
-    def _begin(self) -> None:
-        """Make or restore the state, and open the record."""
+    def _begin(self) -> list[str]:
+        """Make or restore the state, and open the record; what a person should know of it."""
         parts, run = self.parts, self.config.run
         notes = list(parts.notes)
         restored = None
         if self._checkpoints.steps():
             restored = self._checkpoints.restore(parts.abstract_state())
         if restored is None:
-            if run.resume == "always":
-                raise InputError(f"{self.folder} holds no checkpoint that could be used")
+            if run.resume != "never" and (self.folder / run_folder.SESSIONS).exists():
+                notes.append("the run ended before its first checkpoint, and begins anew")
             self.state = parts.initial()
         else:
             parts.batches.check(restored.extra["data"])
@@ -279,23 +280,29 @@ class Run:
             self._evaluations = list(restored.extra["evaluations"])
             notes += [*restored.notes, *run_folder.changes(self.folder, self.config)]
         if first_process():
-            self._log = MetricsLog(self.folder / run_folder.METRICS, step=self.step)
+            path = self.folder / run_folder.METRICS
+            evaluated = {record["step"] for record in self._evaluations}
+            self._log = MetricsLog(path, step=self.step, evaluated=evaluated)
+            values = {"started": _now(), "from_step": self.step, **report.environment()}
+            values |= facts(parts) | {"notes": notes}
+            # First, for by it the folder is known as a run's.
+            report.write_session(self.folder, values)
             run_folder.save_config(self.folder, self.config)
             if restored is None:
                 run_folder.save_start(self.folder, self.model, self.tokenizers)
-            values = {"started": _now(), "from_step": self.step, **report.environment()}
-            values |= facts(parts) | {"notes": notes}
-            report.write_session(self.folder, values)
         flops, peak = flops_of(parts)
         self._meter = Meter(flops, peak=peak)
+        return notes
 
     # Steps --------------------------------------------------------------------------------------
 
     def _steps(self) -> tuple[Stopped, str]:
-        """Take steps until all are taken or something stops the run; why it ended."""
-        # A run killed between a step and its evaluation owes it.
-        if self.step and self._wants_evaluation():
-            self._evaluate()
+        """Take steps until all are taken or something stops the run; why it ended.
+
+        What is due after a step: its evaluation, then its checkpoint, which keeps the scores. The
+        last step has both, unless a signal came, which does not wait for an evaluation; the run
+        that goes on owes it.
+        """
         parts = self.parts
         index, count = data_shard(parts.mesh)
         batches = prefetch(
@@ -307,16 +314,24 @@ class Run:
             transform=lambda batch: to_global(batch, parts.mesh),
         )
         with contextlib.closing(batches):
-            while self.step < self.total_steps:
-                if asked := self._asked():
-                    return asked
-                self._one_step(next(batches))
-                if self._wants_evaluation():
+            while True:
+                ending = self._ending()
+                signalled = ending is not None and ending[0] in ("signal", "interrupted")
+                if not signalled and self._wants_evaluation(at_end=ending is not None):
                     self._evaluate()
-                if self._wants_save():
+                    ending = ending or self._ending()  # a callback may have had enough
+                if ending is not None or self._wants_save():
                     self._save()
-            self._drain()
-        return self._asked(agree=True) or ("finished", "all steps were taken")
+                if ending is not None:
+                    return ending
+                self._one_step(next(batches))
+
+    def _ending(self) -> tuple[Stopped, str] | None:
+        """Why the run ends here, if it does."""
+        last = self.step >= self.total_steps
+        if last:
+            self._drain()  # What a callback says of the last steps counts.
+        return self._asked(agree=last) or (("finished", "all steps were taken") if last else None)
 
     def _one_step(self, batch: Mapping[str, jax.Array]) -> None:
         """Hand a step to the device; read the numbers of one that it has finished."""
@@ -408,16 +423,16 @@ class Run:
     # What is due between steps --------------------------------------------------------------------
 
     def _due(self, every: int | str | None) -> bool:
+        if self.step == 0:
+            return False
         if every == "epoch":
-            return self.step > 0 and self.parts.batches.position(self.step)[1] == 0
+            return self.parts.batches.position(self.step)[1] == 0
         return isinstance(every, int) and every > 0 and self.step % every == 0
-
-    def _evaluated(self) -> set[int]:
-        return {record["step"] for record in self.evaluations}
 
     def _wants_evaluation(self, *, at_end: bool = False) -> bool:
         every = self.config.run.evaluate_every
-        if self.parts.validation is None or every == 0 or self.step in self._evaluated():
+        evaluated = {record["step"] for record in self.evaluations}
+        if self.parts.validation is None or every == 0 or self.step in evaluated:
             return False
         return at_end or self._due(every)
 
@@ -496,35 +511,7 @@ class Run:
         """Evaluate parameters on a split; the table of samples is written beside."""
         data = self.parts.validation if split == "validation" else self.parts.test
         assert data is not None
-        config = self.config.evaluation
-        wanted = config.samples if split == "validation" else config.test_samples
-        whole: list[Any] = []
-
-        def some(rows: evaluation.Rows, options: evaluation.Generation) -> list[str]:
-            self._may_go_on()
-            return evaluation.generate_texts(self.model, whole[0], self.tokenizers, rows, options)
-
-        def generate(rows: evaluation.Rows, options: evaluation.Generation) -> list[str]:
-            # Across processes: whole parameters on each, which generates its share of the texts.
-            whole.append(gathered(params))
-            return in_parts(lambda own: by_length(own, partial(some, options=options)), rows)
-
-        def measure(params: Any, batch: Any) -> Any:
-            self._may_go_on()
-            return self.parts.evaluate(params, batch)
-
-        found = evaluation.evaluate(
-            self.model,
-            params,
-            self.tokenizers,
-            data,
-            config,
-            mesh=self.mesh,
-            rules=self.parts.rules,
-            eval_step=measure,
-            generate_texts=generate,
-            samples=wanted,
-        )
+        found = scored(self.parts, params, data, split, may_go_on=self._may_go_on)
         if first_process() and found.samples:
             name = "test" if split == "test" else f"step-{self.step:08d}"
             (self.folder / run_folder.SAMPLES).mkdir(exist_ok=True)
@@ -541,10 +528,7 @@ class Run:
     # The end --------------------------------------------------------------------------------------
 
     def _finish(self, stopped: Stopped) -> TrainResult:
-        """Evaluate and save the last step, choose the final parameters, write model and report."""
-        if self._wants_evaluation(at_end=True):
-            self._evaluate()
-        self._save()
+        """Choose the final parameters, test them, write model and report."""
         self._checkpoints.wait()
         params, step = self._final()
         tested = step in {record["step"] for record in self._log.of("test")}
@@ -573,12 +557,25 @@ class Run:
         best = self.best
         if self.config.run.final == "last" or best is None or best[0] == self.step:
             return self.params, self.step
-        if best[0] not in self._checkpoints.steps():
-            self._say(f"the best step, {best[0]}, was not kept; the model is the last one's")
+        steps = self._checkpoints.steps()
+        chosen = best[0] if best[0] in steps else self._checkpoints.best()
+        if chosen is None or chosen == self.step:
+            warnings.warn(
+                f"the best step, {best[0]}, was not kept: the last is taken", stacklevel=2
+            )
             return self.params, self.step
+        if chosen != best[0]:
+            warnings.warn(
+                f"the best step, {best[0]}, was not kept: {chosen} is taken", stacklevel=2
+            )
         self.state = None  # Room for the other one.
-        restored = self._checkpoints.restore(self.parts.abstract_state(), step=best[0])
-        assert restored is not None
+        like = self.parts.abstract_state()
+        try:
+            restored = self._checkpoints.restore(like, step=chosen)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; the newest sound step is taken instead", stacklevel=2)
+            restored = self._checkpoints.restore(like)
+        assert restored is not None  # this run has saved its last step
         self.state = restored.state
         return self.params, restored.step
 
@@ -617,19 +614,6 @@ class Run:
 
 class _Interrupted(Exception):
     """A signal came during an evaluation."""
-
-
-def by_length(
-    rows: evaluation.Rows, work: Callable[[evaluation.Rows], list[str]], size: int = 256
-) -> list[str]:
-    """`work` of rows, a few hundred of like length at a time, the longest first; in their order."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    made = [""] * len(rows)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        for i, text in zip(part, work([rows[i] for i in part]), strict=True):
-            made[i] = text
-    return made
 
 
 def _now() -> str:

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from jax_encdec import hub, pretrained, warm_start
+from jax_encdec.convert.rules import Report
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
@@ -121,10 +122,11 @@ def load_model(
     if wanted.kind == "saved":
         loaded = _load_pair(wanted, kind, mesh, rules)
         model, params = loaded.model, loaded.params
-        notes = tuple(note for report in loaded.reports.values() for note in report.notes)
+        notes = _told(loaded.reports)
     elif wanted.kind == "joined":
         loaded = _join(wanted, kind, config.run.seed, mesh, rules)
         model, params = loaded.model, loaded.params
+        notes = _told(loaded.reports)
     elif wanted.kind == "random":
         assert wanted.config is not None
         found, generation = read_configs(_resolve(wanted, wanted.config))
@@ -134,6 +136,15 @@ def load_model(
         raise ConfigError(_NO_MODEL)
     model = _with_ids(_changed(model, wanted), config)
     return LoadedModel(configured(model, config), params, notes)
+
+
+def _told(reports: Mapping[str, Report]) -> tuple[str, ...]:
+    """What was left out of each file, what stays at its initial values, and the reader's notes."""
+    return tuple(
+        f"{origin}: {line}"
+        for origin, report in reports.items()
+        for line in str(report).splitlines()[1:]  # the first says how many tensors were read
+    )
 
 
 def configured(model: EncoderDecoderModel, config: TrainingConfig) -> EncoderDecoderModel:

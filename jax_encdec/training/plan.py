@@ -24,6 +24,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -197,12 +199,15 @@ class Plan:
 
 
 class Planner:
-    """A process that compiles, asked one request after the other; a context manager."""
+    """A process that compiles, asked one request after the other; a context manager.
 
-    def __init__(self, request: PlanRequest):
+    It ends with the caller, and takes at most `timeout` seconds for a plan.
+    """
+
+    def __init__(self, request: PlanRequest, *, timeout: float = 3600.0):
         _check_installed(request)
         level = {"low": "O0", "full": "O2"}[request.effort]
-        self.effort = request.effort
+        self.effort, self.timeout = request.effort, timeout
         env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_", "XLA_"))}
         env |= {
             "JAX_PLATFORMS": "cpu",
@@ -214,7 +219,7 @@ class Planner:
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "jax_encdec.training.plan_compile"],
             stdin=subprocess.PIPE,
@@ -244,14 +249,24 @@ class Planner:
             compile: False: only what follows from shapes, in a second or two.
 
         Raises:
-            InputError: it cannot be planned for, or the compiler broke.
+            InputError: it cannot be planned for, takes too long, or the compiler broke.
         """
+        if request.effort != self.effort:
+            raise InputError(f"this planner was made for effort {self.effort!r}")
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request.to_json(compile=compile)) + "\n")
             self.process.stdin.flush()
+        timer, began = threading.Timer(self.timeout, self.process.kill), time.monotonic()
+        timer.daemon = True
+        timer.start()
         line = self.process.stdout.readline()
+        timer.cancel()
+        if not line and time.monotonic() - began >= self.timeout:
+            raise InputError(
+                f"compiling for {request.topology} took more than {self.timeout:.0f} s"
+            )
         if not line:
             raise InputError(
                 f"the compiler for {request.topology} ended without an answer (exit code "

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
 import re
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from jax.sharding import Mesh
 
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
-from jax_encdec.errors import ConfigError, EncDecError, InputError
+from jax_encdec.errors import EncDecError, InputError
 from jax_encdec.execution import Execution
 from jax_encdec.training import flops
 from jax_encdec.training.config import ExecutionConfig
@@ -58,12 +60,30 @@ def main() -> None:
     # Plugins print what they like; answers have a channel of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
+    for line in _lines():
         try:
             answer = answer_to(json.loads(line))
         except EncDecError as error:
             answer = {"error": str(error)}
+        except Exception as error:  # whatever a compiler or JAX raises: the next one may work
+            what = f"{type(error).__name__}: {_line(str(error))}"
+            answer = {"error": f"this cannot be planned for: {what}"}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input. When it ends, so does the process, even while it compiles: whoever
+    asked is gone."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
 
 
 def answer_to(request: Request) -> dict[str, Any]:
@@ -192,7 +212,9 @@ def _devices(request: Request) -> tuple[list[Any], list[str]]:
     """Devices that exist on paper, and what to know of them."""
     if request["gpu"]:
         return _gpus(request["gpu"], request["count"]), []
-    more = {"num_slices": request["slices"]} if request["slices"] > 1 else {}
+    more: dict[str, Any] = {"num_slices": request["slices"]} if request["slices"] > 1 else {}
+    if request["topology"].startswith("v4:"):
+        more["chip_config_name"] = "megacore"  # one device per chip, as on the machine itself
     try:
         found = topologies.get_topology_desc(request["topology"], "tpu", **more)
     except jax.errors.JaxRuntimeError as error:
@@ -313,7 +335,4 @@ def _activations(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:  # pragma: no cover
-        sys.exit(str(error))
+    main()

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,10 +33,16 @@ class MetricsLog:
         records: what the file holds, lines of the resumed part included.
     """
 
-    def __init__(self, path: Path | None, *, step: int):
+    def __init__(self, path: Path | None, *, step: int, evaluated: Collection[int] | None = None):
         """Open `path` for a run that goes on after `step`; None keeps the records in memory only.
 
         Lines of later steps, and a line cut short by a kill, are removed from the file.
+
+        Args:
+            path: of the file.
+            step: what the run goes on after.
+            evaluated: the steps whose evaluation the checkpoint knows; those of others will come
+                again. None: all.
 
         Raises:
             InputError: the file holds a line that is no record, before its last.
@@ -47,11 +53,11 @@ class MetricsLog:
         if path is None:
             return
         if path.exists():
-            end = self._read(path, step)
+            end = self._read(path, step, evaluated)
             os.truncate(path, end)
         self._file = path.open("a", encoding="utf-8")
 
-    def _read(self, path: Path, step: int) -> int:
+    def _read(self, path: Path, step: int, evaluated: Collection[int] | None) -> int:
         """Take in the records up to `step`; return where they end, in bytes."""
         end = 0
         content = path.read_bytes()
@@ -59,6 +65,8 @@ class MetricsLog:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
                 late = record is not None and record["step"] > step
+                if record is not None and record["kind"] == "evaluate" and evaluated is not None:
+                    late = late or record["step"] not in evaluated
             except (ValueError, KeyError, TypeError):
                 if content.endswith(line) and end + len(line) == len(content):
                     break
@@ -157,12 +165,12 @@ class Meter:
         """Speeds since the last lap; utilisation is a fraction, None where no peak is known."""
         seconds = max(self._clock() - self._since - self._paused, 1e-9)
         rate = self._work / seconds if self._flops is not None else None
-        known = rate is not None and self._peak is not None
+        share = None if rate is None or self._peak is None else rate / self._peak
         speeds = {
             "seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
             "model_tflops_per_second": None if rate is None else rate / 1e12,
-            "model_flop_utilization": rate / self._peak if known else None,
+            "model_flop_utilization": share,
         }
         self._start()
         return speeds

@@ -38,14 +38,15 @@ TENSORBOARD, CURVES, REPORT = "tensorboard", "curves", "report.md"
 NAMES = (CONFIG, METRICS, SESSIONS, CHECKPOINTS, MODEL, START, SAMPLES, TENSORBOARD, CURVES, REPORT)
 
 
-def check(run: RunConfig) -> None:
+def check(config: TrainingConfig) -> None:
     """See that the output folder is new, or holds a run that may be gone on with or replaced.
 
     Raises:
         InputError: it is a file, holds something else than a run, or a run that `run.resume` and
-            `run.overwrite` do not allow to touch; or no run where `run.resume` is "always".
+            `run.overwrite` do not allow to touch, or that this one starts from; or no run where
+            `run.resume` is "always".
     """
-    folder = Path(run.output)
+    run, folder = config.run, Path(config.run.output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.output {folder} is a file; expected a folder")
     foreign = (
@@ -57,6 +58,11 @@ def check(run: RunConfig) -> None:
             f"name a new or empty folder"
         )
     held = any((folder / name).exists() for name in (SESSIONS, CHECKPOINTS, MODEL))
+    if (folder / CONFIG).exists() and not held:
+        raise InputError(
+            f"run.output {folder} holds a config.toml but no run, which would write its own there; "
+            f"name another folder"
+        )
     if held and not run.overwrite and run.resume == "never":
         raise InputError(
             f"run.output {folder} holds a run already: run.resume='auto' (--resume {folder}) goes "
@@ -64,6 +70,22 @@ def check(run: RunConfig) -> None:
         )
     if not held and run.resume == "always":
         raise InputError(f"run.output {folder} holds no run to go on with")
+    for key, name in _inputs(config) if run.overwrite else ():
+        if folder.resolve() in Path(name).expanduser().resolve().parents:
+            raise InputError(
+                f"{key} is {name}, inside run.output {folder}, which run.overwrite removes; name "
+                f"another output folder"
+            )
+
+
+def _inputs(config: TrainingConfig) -> Iterator[tuple[str, str]]:
+    """The keys and values that may name files to read."""
+    names = ("path", "config", "encoder", "decoder", "encoder_config", "decoder_config")
+    for name in (*names, "tokenizer", "source_tokenizer", "target_tokenizer"):
+        if value := getattr(config.model, name):
+            yield f"model.{name}", value
+    for name in ("train", "validation", "test"):
+        yield from ((f"data.{name}", value) for value in getattr(config.data, name))
 
 
 def make(run: RunConfig) -> None:
@@ -144,9 +166,11 @@ def read_start(folder: Path) -> tuple[EncoderDecoderModel, TokenizerPair]:
 def replaced(folder: Path) -> Iterator[Path]:
     """A new folder to fill, that takes the place of `folder` when all is in it.
 
-    On any failure the old one stays.
+    On any failure the old one stays, or, after a kill, is put back by the next call.
     """
     new, old = (folder.parent / f".{folder.name}-{part}" for part in ("unfinished", "old"))
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -156,6 +180,8 @@ def replaced(folder: Path) -> Iterator[Path]:
             os.rename(folder, old)
         os.rename(new, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
 

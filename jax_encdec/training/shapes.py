@@ -64,7 +64,7 @@ def shape_grid(
         given or [round_up(rows.max(), limit)]
         for rows, given, limit in zip(lengths, buckets, limits, strict=True)
     ]
-    grid = tuple(sorted(itertools.product(*sides), key=cost))
+    grid = tuple(sorted(itertools.product(sides[0], sides[1]), key=cost))
     used = np.unique(assign(grid, lengths))
     return tuple(grid[i] for i in sorted({*used.tolist(), len(grid) - 1}))
 

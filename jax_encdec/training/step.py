@@ -93,6 +93,7 @@ def make_train_step(
     loss_chunk: int | None = None,
     dropout: bool = True,
     ema_decay: float | None = None,
+    skip_non_finite: bool = False,
 ) -> Step:
     """Make the function `(state, batch) -> (state, metrics)` that takes one optimizer step.
 
@@ -110,6 +111,8 @@ def make_train_step(
         loss_chunk: target positions whose logits exist at once; None: all.
         dropout: False trains without.
         ema_decay: how much of the moving average stays at each step; the state must have one.
+        skip_non_finite: a step whose loss or gradients are not finite counts, and changes nothing
+            else. Both states are then held at once.
 
     Returns:
         The step. `metrics` are float32 scalars: `loss` (mean nats per target token, unsmoothed),
@@ -118,13 +121,19 @@ def make_train_step(
         loss or gradients are not).
 
     Raises:
+        ConfigError: the rules do not fit the model, see `placements`.
         InputError: an option out of range; on a call: rows that mesh and `accumulate` do not
-            divide, or an `ema_decay` without `state.ema`.
+            divide, or a state that keeps an average when the step does not, or the reverse.
     """
     if type(accumulate) is not int or accumulate < 1:
         raise InputError(f"accumulate must be a positive number of micro-batches; got {accumulate}")
     if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
         raise InputError(f"ema_decay must be from 0 to below 1; got {ema_decay}")
+    if ema_decay is not None and model.param_dtype != jnp.float32:
+        raise InputError(
+            f"a moving average needs float32 parameters, as in {model.param_dtype} its small steps "
+            f"round to nothing; set param_dtype to float32, or ema_decay to none"
+        )
     model = on_mesh(model, mesh, rules)
     used = used_shardings(model, mesh, rules)
     trained = trained_leaves(model, optimizer)
@@ -177,7 +186,12 @@ def make_train_step(
         norm, params, opt_state = updated(optimizer, grads, state)
         ema = state.ema
         if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            ema = averaged(ema, params, trained, ema_decay)
+        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
+        new = TrainState(state.step + 1, params, opt_state, ema)
+        if skip_non_finite:
+            new = jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, state)
+            new = new.replace(step=state.step + 1)
         mask = batch.get("attention_mask")
         source = batch["input_ids"].size if mask is None else jnp.sum(mask)
         metrics = {
@@ -187,10 +201,10 @@ def make_train_step(
             "target_tokens": tokens,
             "source_tokens": source,
             "accuracy": sums["correct"] / weight,
-            "finite": jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm),
+            "finite": finite,
         }
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return new, metrics
 
     shardings = state_shardings(model, optimizer, mesh, rules, ema=ema_decay is not None)
     jitted = jax.jit(
@@ -223,6 +237,13 @@ def updated(optimizer: Any, grads: Leaves, state: TrainState) -> tuple[jax.Array
     return optax.tree.norm(grads), unflatten_dict(params | kept), opt_state
 
 
+def averaged(ema: Any, params: Any, trained: tuple[LeafPath, ...], decay: float) -> Any:
+    """The moving average after a step; what is not trained is the parameters' own."""
+    old, new = flatten(ema), flatten(params)
+    moved = {path: decay * old[path] + (1.0 - decay) * new[path] for path in trained}
+    return unflatten_dict(old | moved)
+
+
 def make_eval_step(
     model: EncoderDecoderModel,
     mesh: Mesh,
@@ -237,7 +258,6 @@ def make_eval_step(
         (target tokens) and `correct` (next tokens that were the likeliest).
     """
     model = on_mesh(model, mesh, rules)
-
     used = used_shardings(model, mesh, rules)
 
     def step(params: Any, batch: Batch) -> dict[str, jax.Array]:
