@@ -313,6 +313,25 @@ def test_an_average_of_bfloat16_parameters_is_refused():
         )
 
 
+@pytest.mark.parametrize("mesh", ["replica=8", "fsdp=8"])
+def test_the_state_shares_no_memory_with_what_it_is_made_of(mesh):
+    """Not even where two leaves are one array (cross-attention copied from self-attention)."""
+    given = jax.tree.map(jnp.asarray, small_params())
+    leaves = jax.tree.leaves(given)
+    twins = [leaf for leaf in leaves if leaf.shape == leaves[-1].shape]
+    assert len(twins) > 1
+    given = jax.tree.map(lambda leaf: twins[0] if leaf.shape == twins[0].shape else leaf, given)
+    state = init_state(small(), optax.sgd(0.1), make_mesh(mesh), params=given)
+    buffers = collections.Counter(
+        (shard.device, shard.data.unsafe_buffer_pointer())
+        for leaf in jax.tree.leaves((state.params, given))
+        for shard in leaf.addressable_shards
+    )
+    own = {id(leaf): leaf for leaf in jax.tree.leaves(given)}
+    shards = sum(len(leaf.addressable_shards) for leaf in jax.tree.leaves(state.params))
+    assert len(buffers) == shards + len(own)
+
+
 def test_a_batch_without_targets_moves_nothing():
     given = batch(pairs(0))
     given["labels"][:] = -100

@@ -1,4 +1,4 @@
-"""An evaluation in the middle of a run: with its compiled step, on its mesh, by all its processes.
+"""An evaluation amid a run: by its compiled step, over its mesh, in all its processes.
 
 The loss is computed on the mesh. To generate, each process gathers the parameters, takes its share
 of the texts, and all exchange what they made: simple, and right for models that one host can hold.

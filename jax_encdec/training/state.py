@@ -97,9 +97,12 @@ def place_params(
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array):
-            leaf = leaf.astype(model.param_dtype)
             if leaf.is_fully_addressable == sharding.is_fully_addressable:
-                return jax.device_put(leaf, sharding, may_alias=False)
+                # Copied first: a replica on the device that has it already would be the very same
+                # memory (jax 0.10.2, whatever `may_alias` says), and be given away at each step.
+                leaf = jnp.array(leaf, model.param_dtype, copy=True)
+                return jax.device_put(leaf, sharding)
+            leaf = leaf.astype(model.param_dtype)
         return jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: np.array(leaf[index], model.param_dtype)
         )
