@@ -43,6 +43,7 @@ class Record:
     """config.toml, as it stands."""
     starts: Sequence[Mapping[str, Any]]
     ends: Sequence[Mapping[str, Any]]
+    """One for each start; empty where the run was killed."""
     train: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
     test: Mapping[str, Any] | None
@@ -69,15 +70,23 @@ def read_record(folder: Path | str) -> Record:
     folder = Path(folder)
     if not (folder / "sessions.jsonl").is_file():
         raise InputError(f"{folder} holds no run: it has no sessions.jsonl")
-    sessions, metrics = _lines(folder / "sessions.jsonl"), _lines(folder / "metrics.jsonl")
+    metrics = _lines(folder / "metrics.jsonl")
+    starts: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    for line in _lines(folder / "sessions.jsonl"):
+        if "started" in line:
+            starts.append(line)
+            ends.append({})
+        elif ends:
+            ends[-1] = line
     config = folder / "config.toml"
     tables = sorted((folder / "samples").glob("step-*.md"))
     tests = [line for line in metrics if line["kind"] == "test"]
     return Record(
         folder=folder,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        starts=[line for line in sessions if "started" in line],
-        ends=[line for line in sessions if "ended" in line],
+        starts=starts,
+        ends=ends,
         train=[line for line in metrics if line["kind"] == "train"],
         evaluations=[line for line in metrics if line["kind"] == "evaluate"],
         test=tests[-1] if tests else None,
@@ -413,10 +422,8 @@ def reproducibility(record: Record) -> str:
 
 def _sessions(record: Record) -> str:
     rows = []
-    for number, start in enumerate(record.starts):
-        until = record.starts[number + 1]["started"] if number + 1 < len(record.starts) else "9999"
-        ends = [e for e in record.ends if start["started"] <= e["ended"] <= until]
-        why = ends[-1].get("why") if ends else "it was killed"
+    for start, end in zip(record.starts, record.ends, strict=True):
+        why = end.get("why") or "it was killed"
         at = f"{start.get('devices')} x {start.get('device_kind')}"
         notes = "; ".join(start.get("notes") or ())
         rows.append((start["started"], f"{start.get('from_step', 0):,}", at, why, notes))
