@@ -27,10 +27,10 @@ from jax_encdec.convert.readers import TensorInfo, TensorSource, open_tensors, w
 from jax_encdec.convert.rules import Plan, Report
 from jax_encdec.convert.torch_writer import write_torch
 from jax_encdec.convert.weight_writer import Entry, is_saved
-from jax_encdec.encoder_decoder import model_params
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, InputError
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.tokenizer_files import FILES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

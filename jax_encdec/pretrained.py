@@ -24,17 +24,13 @@ from jax_encdec.convert import digests, rules, tables
 from jax_encdec.convert.readers import TensorSource, open_tensors, write_safetensors
 from jax_encdec.convert.rules import Box, Plan, Report
 from jax_encdec.decoding.config import GENERATION_KEYS, GenerationConfig
-from jax_encdec.encoder_decoder import (
-    EncoderDecoderModel,
-    check_tree,
-    model_params,
-    plain_params,
-    resolve_ids,
-)
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError
 from jax_encdec.families import FAMILIES
 from jax_encdec.layers import Param, flatten
+from jax_encdec.pair_params import check_tree, model_params, plain_params
+from jax_encdec.token_ids import resolve_ids
 
 Params = dict[str, Any]
 Shardings = Callable[[EncoderDecoderModel], Mapping[str, Any]]

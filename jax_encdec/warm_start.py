@@ -23,11 +23,12 @@ from jax_encdec.convert import digests, rules, tables
 from jax_encdec.convert.readers import open_tensors
 from jax_encdec.convert.rules import Report
 from jax_encdec.decoding.config import GenerationConfig
-from jax_encdec.encoder_decoder import EncoderDecoderModel, model_params, resolve_ids
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import ConfigError, EncDecError, InputError, nearest
 from jax_encdec.families import FamilyConfig, family_config
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.pretrained import (
     Loaded,
     Params,
@@ -38,6 +39,7 @@ from jax_encdec.pretrained import (
     read_leaves,
     refuse_custom_code,
 )
+from jax_encdec.token_ids import resolve_ids
 
 _SIDE_ARGUMENTS = ("config", "layers", "revision")
 

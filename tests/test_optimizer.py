@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_encdec import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GPT2Config
-from jax_encdec.encoder_decoder import model_params
 from jax_encdec.errors import ConfigError, EncDecError, InputError
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.training import presets, schedules, updates
 from jax_encdec.training.optimizer import Group, OptimizerConfig, make_optimizer
 from jax_encdec.training.optimizer_config import SCHEDULES

@@ -16,9 +16,9 @@ from jax_encdec import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 from jax_encdec.convert.convert import convert
 from jax_encdec.convert.readers import open_tensors
 from jax_encdec.convert.safetensors_io import SafetensorsFile
-from jax_encdec.encoder_decoder import model_params
 from jax_encdec.errors import CheckpointError
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.pretrained import plan_pair
 from jax_encdec.training.loading import join_sharded, load_sharded
 from jax_encdec.training.sharding import make_mesh, param_shardings, placements

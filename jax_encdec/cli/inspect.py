@@ -148,7 +148,7 @@ def parameter_counts(config: Any) -> dict[str, int]:
     """Number of parameters of each part of a pair, from its declaration; tied ones count once."""
     from flax.traverse_util import flatten_dict
 
-    from jax_encdec.encoder_decoder import model_params
+    from jax_encdec.pair_params import model_params
 
     counts: Counter[str] = Counter()
     declared: dict[tuple[str, ...], Any] = flatten_dict(model_params(config))
@@ -176,8 +176,8 @@ def _id(
     name: str, config: Any, generation_config: Any, data: Mapping[str, Any], folder: Path
 ) -> dict[str, Any] | None:
     """A special id and the place that defines it, found as `EncoderDecoderModel.token_id` does."""
-    from jax_encdec.encoder_decoder import resolve_ids
     from jax_encdec.errors import ConfigError
+    from jax_encdec.token_ids import resolve_ids
 
     try:
         ids = list(resolve_ids(name, generation_config, config))

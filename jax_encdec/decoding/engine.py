@@ -33,17 +33,12 @@ from jax_encdec.checks import (
 from jax_encdec.config import TransformerConfig
 from jax_encdec.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
 from jax_encdec.decoding.search import SearchSpec, SearchValues, prepare, search
-from jax_encdec.encoder_decoder import (
-    EncoderOutput,
-    check_tree,
-    plain_params,
-    project,
-    resolve_ids,
-    with_aliases,
-)
+from jax_encdec.encoder_decoder import EncoderOutput, project
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import ConfigError, InputError, nearest
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import check_tree, plain_params, with_aliases
+from jax_encdec.token_ids import resolve_ids
 from jax_encdec.tokenization import bucket_length
 from jax_encdec.transformer import (
     LayerCache,

@@ -18,9 +18,10 @@ import jax
 
 from jax_encdec.attention_kernels import resolve_attention
 from jax_encdec.config import Attention
-from jax_encdec.encoder_decoder import EncoderDecoderModel, model_params
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import ConfigError, InputError
 from jax_encdec.layers import flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.tokenization import TokenizerPair
 from jax_encdec.training import models, run_folder, scores
 from jax_encdec.training.batches import Batches

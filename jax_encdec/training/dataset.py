@@ -234,7 +234,7 @@ def _sides(
         ends = None if end is None else (end,)
         sizes = (None, None)
     else:
-        from jax_encdec.encoder_decoder import resolve_ids
+        from jax_encdec.token_ids import resolve_ids
 
         wraps = model.config.whole and model.config.decoder.wraps_labels
         start = None if wraps else model.token_id("decoder_start_token_id")

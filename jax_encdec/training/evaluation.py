@@ -32,7 +32,7 @@ from jax_encdec.training.batches import evaluation_batches
 from jax_encdec.training.config import EvaluationConfig
 from jax_encdec.training.dataset import TokenizedData
 from jax_encdec.training.models import generation_of
-from jax_encdec.training.records import Record
+from jax_encdec.training.record import Record
 from jax_encdec.training.sharding import (
     DEFAULT_RULES,
     ShardingRules,

@@ -26,9 +26,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jax_encdec import layers
-from jax_encdec.encoder_decoder import EncoderDecoderModel, model_params
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import ConfigError, InputError, nearest
 from jax_encdec.layers import Param, flatten
+from jax_encdec.pair_params import model_params
 from jax_encdec.training import schedules, updates
 from jax_encdec.training.optimizer_config import Group, OptimizerConfig
 from jax_encdec.training.presets import PRESETS, resolve

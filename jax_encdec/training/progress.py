@@ -303,7 +303,7 @@ class TensorBoard(Callback):
             InputError: tensorboardX is not installed.
         """
         try:
-            import tensorboardX
+            import tensorboardX  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise InputError(
                 "TensorBoard needs tensorboardX: pip install 'jax_encdec[tensorboard]', or leave "

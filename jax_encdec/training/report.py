@@ -163,7 +163,7 @@ def draw_curves(record: Record) -> list[str]:
         The names of the curves drawn; none where matplotlib is not installed, or with no numbers.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return []
     drawn = []
@@ -200,8 +200,10 @@ def _draw(
     """Draw series over steps, with dotted levels of the same colours."""
     import io
 
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    # No pyplot: no window, no global state.
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

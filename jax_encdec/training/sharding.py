@@ -25,9 +25,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_encdec import layers
-from jax_encdec.encoder_decoder import EncoderDecoderModel, model_params
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import ConfigError, InputError, nearest
 from jax_encdec.layers import Param
+from jax_encdec.pair_params import model_params
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")

@@ -21,7 +21,8 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_encdec import layers
-from jax_encdec.encoder_decoder import EncoderDecoderModel, check_tree, plain_params
+from jax_encdec.encoder_decoder import EncoderDecoderModel
+from jax_encdec.pair_params import check_tree, plain_params
 from jax_encdec.training.optimizer import Optimizer
 from jax_encdec.training.sharding import (
     DEFAULT_RULES,

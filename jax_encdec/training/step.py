@@ -20,9 +20,10 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from jax_encdec.encoder_decoder import IGNORE, EncoderDecoderModel
+from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import InputError
 from jax_encdec.layers import flatten
+from jax_encdec.loss import IGNORE
 from jax_encdec.training.optimizer import Optimizer
 from jax_encdec.training.sharding import (
     DEFAULT_RULES,
