@@ -243,7 +243,7 @@ class Plan:
         source: TensorSource,
         leaves: Mapping[Path, HasShape],
         dtype: np.dtype,
-        wanted: Mapping[Path, Sequence[Box]],
+        wanted: Mapping[Path, Iterable[Box]],
     ) -> Iterator[tuple[Path, Box, np.ndarray]]:
         """Yield parts of the leaves that the file fills, in `dtype`, reading only those parts.
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_encdec.block import LayerCache
 from jax_encdec.checks import (
     check_global,
     check_inputs,
@@ -40,12 +41,7 @@ from jax_encdec.layers import flatten
 from jax_encdec.pair_params import check_tree, plain_params, with_aliases
 from jax_encdec.token_ids import resolve_ids
 from jax_encdec.tokenization import bucket_length
-from jax_encdec.transformer import (
-    LayerCache,
-    decode_step,
-    init_caches,
-    transformer,
-)
+from jax_encdec.transformer import decode_step, init_caches, transformer
 from jax_encdec.trunk_params import unstack
 
 if TYPE_CHECKING:
