@@ -102,7 +102,7 @@ def test_fifty_steps_are_pytorchs(names):
         loss = theirs(oracle, ids, mask, labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-2)
+        np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-3)
         adamw.step()
         expected.append(loss.item())
     with torch.no_grad():  # as others find it

@@ -249,6 +249,7 @@ class _Workers:
                 self.told.add(process.pid)
             pickle.dump(pairs, process.stdin)
             process.stdin.flush()
+            # Through a pipe to a child of this very package: no file, nobody else can write to it.
             answer = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             process.kill()  # if it is still there

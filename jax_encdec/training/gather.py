@@ -20,14 +20,6 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until every process is here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def agreed(code: int) -> int:
     """The largest of the processes' codes, an int from 0."""
     if jax.process_count() == 1:
