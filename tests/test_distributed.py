@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 import pytest
 import training_child
+from processes import Job, free_port
 from tiny_run import TinyRun
 
 from jax_encdec.errors import InputError
@@ -30,90 +29,25 @@ SURVIVOR = 30.0
 """Seconds within which a process whose peer was killed has to end."""
 
 
-class Job:
-    """Processes of tests/training_child.py, ended with the test."""
+class Run(Job):
+    """Processes of tests/training_child.py."""
 
     def __init__(self, folder: Path, count: int, devices: int, every: int, slurm: bool = False):
-        flags = f"--xla_force_host_platform_device_count={devices} "
-        flags += "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        shared = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        # What is compiled the same way again is taken from here.
-        shared |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        shared |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.folder = folder
-        self.processes, self.outputs = [], []
-        port = free_port()
-        for number in range(count):
-            name = f"{time.time_ns()}-{number}"
-            self.outputs.append((folder / f"{name}.out", folder / f"{name}.err"))
-            command = [sys.executable, training_child.__file__, str(folder / "run"), str(every)]
-            with open(self.outputs[-1][0], "w") as out, open(self.outputs[-1][1], "w") as err:
-                environment = shared | launched(number, count, port, slurm)
-                process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
-            self.processes.append(process)
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        command = [sys.executable, training_child.__file__, str(folder / "run"), str(every)]
+        super().__init__(folder, command, count, devices, slurm=slurm)
 
     def told(self, number: int = 0) -> list[dict[str, Any]]:
-        lines = self.outputs[number][0].read_text().splitlines()
+        lines = self.output(number).splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def losses(self, number: int = 0) -> dict[int, float]:
         return {line["step"]: line["loss"] for line in self.told(number) if "step" in line}
 
-    def errors(self, number: int = 0) -> str:
-        return self.outputs[number][1].read_text()
-
-    def until(self, condition: Any, seconds: float = 240) -> None:
-        """Wait for something while all processes live."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            codes = [process.poll() for process in self.processes]
-            assert set(codes) == {None}, (codes, [self.errors(n) for n in range(len(codes))])
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def end(self, seconds: float = 240) -> list[int]:
-        """The exit codes."""
-        deadline = time.monotonic() + seconds
-        return [process.wait(deadline - time.monotonic()) for process in self.processes]
-
     def run_to_end(self) -> dict[int, float]:
-        codes = self.end()
-        assert set(codes) == {0}, (codes, [self.errors(n) for n in range(len(codes))])
+        self.end()
         losses = self.losses()
-        assert all(self.losses(n) == losses for n in range(len(codes)))
+        assert all(self.losses(n) == losses for n in range(len(self.processes)))
         return losses
-
-
-def launched(number: int, count: int, port: int, slurm: bool) -> dict[str, str]:
-    """What a launcher would put into the environment of a process."""
-    if count == 1:
-        return {}
-    if slurm:  # JAX takes the port from the job's number
-        job = str(port - (65536 - 4096))
-        names = {"SLURM_JOB_ID": job, "SLURM_NTASKS": str(count), "SLURM_PROCID": str(number)}
-        return names | {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": str(number)}
-    names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    return names | {"JAX_PROCESS_ID": str(number)}
-
-
-def free_port() -> int:
-    """One that SLURM's jobs may get as well."""
-    while True:
-        port = random.SystemRandom().randrange(65536 - 4096, 65536)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +63,7 @@ def check_same(found: dict[int, float], expected: dict[int, float]) -> None:
 
 def kill_while_saving(folder: Path, victim: int, after: int, devices: int = 1) -> dict[int, float]:
     """Kill one of two processes while a step is being saved; the survivor has to end by itself."""
-    with Job(folder, 2, devices, every=1) as job:
+    with Run(folder, 2, devices, every=1) as job:
         saving = lambda: any(folder.glob("run/*.orbax-checkpoint-tmp"))  # noqa: E731
         job.until(lambda: len(job.losses()) >= after and saving())
         job.processes[victim].send_signal(signal.SIGKILL)
@@ -159,18 +93,17 @@ def test_killed_told_to_stop_and_restarted_it_is_the_run_of_one_process(tmp_path
     begin = newest(tmp_path)
     assert begin >= max(seen) - 2, "more was lost than the step being saved and the one after it"
 
-    with Job(tmp_path, 2, 2, every=5, slurm=True) as job:
+    with Run(tmp_path, 2, 2, every=5, slurm=True) as job:
         job.until(lambda: len(job.losses()) >= 4)
         job.processes[1].send_signal(signal.SIGTERM)
-        codes = job.end()
-        assert codes == [distributed.EXIT_STOPPED] * 2, [job.errors(n) for n in range(2)]
+        job.end(distributed.EXIT_STOPPED)
         assert job.losses(0) == job.losses(1), "they stopped after different steps"
         assert job.told()[0] == {"begin": begin}
         check_same(seen | job.losses(), one_process)
         stopped = max(job.losses())
     assert newest(tmp_path) == stopped < STEPS
 
-    with Job(tmp_path, 1, 1, every=5) as job:
+    with Run(tmp_path, 1, 1, every=5) as job:
         last = job.run_to_end()
     assert sorted(last) == list(range(stopped + 1, STEPS + 1))
     check_same(last, one_process)
@@ -180,7 +113,7 @@ def test_killed_told_to_stop_and_restarted_it_is_the_run_of_one_process(tmp_path
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_see_the_losses_of_one(tmp_path, one_process, count, devices):
-    with Job(tmp_path, count, devices, every=7) as job:
+    with Run(tmp_path, count, devices, every=7) as job:
         losses = job.run_to_end()
     assert len(losses) == STEPS
     check_same(losses, one_process)
@@ -197,7 +130,7 @@ def test_killed_while_saving_the_job_goes_on_with_2_and_with_1(
     for _ in range(3):
         seen |= kill_while_saving(tmp_path, victim, after=2)
     begin = newest(tmp_path)
-    with Job(tmp_path, restart, 1, every=5) as job:
+    with Run(tmp_path, restart, 1, every=5) as job:
         losses = job.run_to_end()
         assert sorted(losses) == list(range(begin + 1, STEPS + 1))
     check_same(seen | losses, one_process)

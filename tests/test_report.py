@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_encdec import InputError
+from jax_encdec.training.model_card import model_card
 from jax_encdec.training.report import (
     cell,
     environment,
-    model_card,
     read_record,
     sample_table,
     table,

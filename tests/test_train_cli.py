@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_pairs
+from commands import call, refused
+from processes import Job
 
 from jax_encdec import Text2TextPipeline
 from jax_encdec.cli import dates, main
@@ -16,6 +20,7 @@ from jax_encdec.convert.readers import open_tensors, write_safetensors
 from jax_encdec.errors import EncDecError
 from jax_encdec.training.config import ExecutionConfig, ModelConfig, TrainingConfig
 from jax_encdec.training.config_io import load
+from jax_encdec.training.distributed import EXIT_STOPPED
 from jax_encdec.training.models import load_model, load_tokenizers, with_dropout
 from jax_encdec.training.sharding import make_mesh
 
@@ -24,21 +29,6 @@ FLAGS = """--train train.jsonl --validation valid.jsonl --test_file valid.jsonl 
  --data.batch-size 8 --mesh fsdp=2,replica=4 --evaluate-every 2 --save-every 2 --samples 4
  --max_eval_samples 8 --test-samples 4 --max-test-samples 8 --evaluation.batch-size 8 --num-beams 1
  --max-length 12 --learning-rate 1e-2 --dropout 0 --log-every 1 --progress false""".split()  # noqa: SIM905
-
-
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *arguments) -> str:
-    """The one sentence with which the arguments are refused."""
-    code, out, err = call(capsys, *arguments)
-    assert code == 2, (out, err)
-    assert not out
-    assert err.startswith("jax-encdec: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +97,61 @@ def test_resuming_reads_all_from_the_folder(run, tmp_path, monkeypatch):
     before = load(run / "config.toml")
     changes = {"resume": "always", "overwrite": False, "output": str(run), "steps": 9}
     assert asked == [before.replace(run=changes)]
+
+
+def command(*arguments: str) -> list[str]:
+    """`jax-encdec train`, in a process of its own."""
+    code = "import sys; from jax_encdec.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", code, "train", *arguments]
+
+
+def test_two_processes_do_and_write_what_one_does(run, place):
+    flags = ["--model", "pair", *FLAGS, "--steps", "4", "--output", "two"]
+    with Job(place, command(*flags), 2, 4, cwd=place) as job:
+        job.end()
+        assert "4 steps; all steps were taken" in job.output(0)
+        assert "steps" not in job.output(1)
+    two = place / "two"
+    for kind in ("train", "evaluate", "test"):
+        assert len(lines(two, kind)) == len(lines(run, kind)) > 0
+        for found, expected in zip(lines(two, kind), lines(run, kind), strict=True):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                if isinstance(value, float) and not name.endswith(("second", "seconds")):
+                    rel = 1e-3 if name == "grad_norm" else 2e-5  # six digits are written
+                    assert (name, found[name]) == (name, pytest.approx(value, rel=rel))
+    names = [{path.relative_to(folder) for path in folder.glob("[!c]*/*")} for folder in (two, run)]
+    assert names[0] == names[1]
+    for name in ("step-00000004.md", "test.md"):
+        assert (two / "samples" / name).read_text() == (run / "samples" / name).read_text()
+    with open_tensors(two / "model") as found, open_tensors(run / "model") as expected:
+        assert set(found) == set(expected)
+        for name in expected:
+            # A key's bias adds the same to all scores of a query, and its gradient is nothing but
+            # rounding, which Adam makes as large as any other.
+            atol = 4 * 1e-2 if name.endswith("key.bias") else 1e-4
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=atol)
+
+
+@pytest.mark.exhaustive
+def test_told_to_stop_in_an_evaluation_two_processes_give_it_up_and_one_makes_up_for_it(run, place):
+    flags = ["--model", "pair", *FLAGS, "--steps", "4", "--output", "stopped"]
+    stopped = place / "stopped"
+    with Job(place, command(*flags, "--evaluation.batch-size", "1"), 2, 4, cwd=place) as job:
+        metrics = stopped / "metrics.jsonl"
+        job.until(lambda: metrics.exists() and len(lines(stopped, "train")) == 2)
+        job.processes[1].terminate()
+        job.end(EXIT_STOPPED)
+    assert [line["step"] for line in lines(stopped, "train")] == [1, 2]
+    assert not lines(stopped, "evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(["train", "--resume", "stopped", "--evaluation.batch-size", "8"]) == 0
+    for kind in ("train", "evaluate", "test"):
+        expected = [
+            (line["step"], pytest.approx(line["loss"], rel=2e-5)) for line in lines(run, kind)
+        ]
+        assert [(line["step"], line["loss"]) for line in lines(stopped, kind)] == expected
 
 
 @pytest.mark.exhaustive
@@ -260,6 +305,7 @@ def test_models_start_from_configurations_and_change_by_options(single, here):
         (["--resume", "R"], "--resume R: no such run: R/config.toml is not there"),
         (["--model", "./M", "--train", "f.jsonl"], "./M: no such file or folder"),
         (["--model", "M", "--train", "f", "--process-id", "x"], "invalid int value: 'x'"),
+        (["--model", "M", "--train", "f", "--heartbeat-timeout", "0"], "positive integer; got '0'"),
     ],
 )  # fmt: skip
 def test_bad_command_lines_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
@@ -281,7 +327,12 @@ def test_bad_command_lines_are_refused(arguments, message, tmp_path, monkeypatch
     ],
 )
 def test_what_model_and_data_do_not_allow_is_refused(flags, message, here, capsys):
-    arguments = ["--model", "pair", *FLAGS, "--steps", "1", "--output", "refused", *flags]
-    text = refused(capsys, "train", *arguments)
-    assert message in text
-    shutil.rmtree(here / "refused", ignore_errors=True)
+    arguments = ["train", "--model", "pair", *FLAGS, "--steps", "1", "--output", "refused", *flags]
+    assert message in refused(capsys, *arguments)
+    assert message in refused(capsys, *arguments, "--dry-run")
+    assert not (here / "refused").exists()
+
+
+def test_a_dry_run_looks_at_the_output_folder(run, here, capsys):
+    arguments = ["train", "--model", "pair", *FLAGS, "--output", "run"]
+    assert "holds a run already" in refused(capsys, *arguments, "--dry-run")

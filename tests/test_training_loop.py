@@ -19,7 +19,7 @@ import tiny_pairs
 from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
 from jax_encdec.cli import dates
 from jax_encdec.training import assemble as assembly
-from jax_encdec.training import evaluation
+from jax_encdec.training import evaluation, finish
 from jax_encdec.training.callbacks import Callback, Stop
 from jax_encdec.training.checkpoint import Checkpoints
 from jax_encdec.training.config import EvaluationConfig, RunConfig, TrainingConfig
@@ -207,7 +207,7 @@ def test_a_run_stopped_twice_by_signals_ends_as_the_one_never_stopped(straight, 
         file.write(json.dumps({"kind": "train", "step": first + 1, "steps": 1, "loss": 9.0}))
         file.write('\n{"kind": "tra')
     interrupted = Losses(kill(signal.SIGINT, 8))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"saved step .* in {folder}"):
         train(configure(folder, resume="auto"), callbacks=[interrupted], **options)
 
     said = Losses()
@@ -293,6 +293,27 @@ def test_a_callback_stops_the_run_cleanly(tmp_path):
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
+def test_a_run_stopped_early_and_killed_at_its_end_is_stopped_there_again(tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0])
+
+    def evaluate(*_, **__):
+        return evaluation.EvaluationResult(loss=next(losses), accuracy=0.0, weight=1.0)
+
+    def killed(*_):
+        raise RuntimeError("as if killed")
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    options = {"patience": 1, "evaluate_every": 2, "save_every": 2, "log_every": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "write", killed)
+        with pytest.raises(RuntimeError, match="as if killed"):
+            train(configure(tmp_path / "run", **options), validation_data=PAIRS[:8], **GIVEN)
+    again, taken = configure(tmp_path / "run", resume="always", **options), Losses()
+    result = train(again, callbacks=[taken], validation_data=PAIRS[:8], **GIVEN)
+    assert (result.stopped, result.step, taken.by_step) == ("callback", 4, {})
+    assert "has not become better than 1" in result.why
+
+
 def test_what_a_callback_raises_ends_the_run_and_the_checkpoint_stays(tmp_path):
     def fail(run, step):
         if step == 8:
@@ -328,6 +349,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
 def test_a_run_may_go_on_regardless(tmp_path):
     config = configure(tmp_path / "run", on_non_finite="continue", save_every=None)
+    config = config.replace(data={"source_buckets": (48,)})  # one shape to compile
     result = train(config, **{**GIVEN, "params": broken()})
     assert result.step == STEPS
     for line in records(tmp_path / "run", "train"):

@@ -15,11 +15,14 @@ from jax_encdec.training import distributed
 
 
 def main(folder: Path, every: int) -> int:
+    import jax
     from tiny_run import TinyRun
 
     from jax_encdec.training.checkpoint import Checkpoints
 
-    run = TinyRun(total=20)
+    rows = 8  # of TinyRun's batches, which as many devices can share
+    devices = jax.device_count()
+    run = TinyRun(f"fsdp={rows},tensor={devices // rows}" if devices > rows else None, total=20)
     with distributed.stop_on_signals() as stop, Checkpoints(folder, keep=2) as checkpoints:
         begin, state = run.restore(checkpoints)
         tell(begin=begin)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
 from jax_encdec.cli.generate import positive
 from jax_encdec.errors import InputError
 
@@ -62,6 +63,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)"
     )
+    add_cache_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         from jax_encdec import Text2TextPipeline
         from jax_encdec.cli import dates
 
+        use_cache(args)
         count = args.steps * BATCH_SIZE
         examples = dates.make_examples("train", max(count, TOKENIZER_TEXTS), args.seed)
         texts = [text for example in examples[:TOKENIZER_TEXTS] for text in example]
@@ -178,14 +181,17 @@ def train(
         def on_step(self, run: Any, metrics: Mapping[str, float]) -> None:
             losses.append(metrics["loss"])
 
-    result = loop.train(
-        config,
-        callbacks=[Losses()],
-        model=model,
-        params=params,
-        tokenizers=TokenizerPair(source=tokenizer, target=tokenizer),
-        train_data=examples,
-    )
+    try:
+        result = loop.train(
+            config,
+            callbacks=[Losses()],
+            model=model,
+            params=params,
+            tokenizers=TokenizerPair(source=tokenizer, target=tokenizer),
+            train_data=examples,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was saved") from None  # the run's folder vanishes
     return result, losses
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_encdec.cli import hub_options, hub_parser
+from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
 from jax_encdec.cli.generate import positive
 from jax_encdec.cli.train import explained_memory
 from jax_encdec.errors import InputError
@@ -98,6 +99,7 @@ def add_parser(subparsers: Any) -> None:
         help="of parameters and computation; auto: as in the file (default: float32)",
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="where to write all predictions")
+    add_cache_option(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.set_defaults(run=run)
     parser.later = _add_options
@@ -155,6 +157,7 @@ def _evaluate(
     from jax_encdec.training.loading import load_sharded
     from jax_encdec.training.sharding import make_mesh
 
+    use_cache(args)
     scores.check_metrics(config.evaluation.metrics)
     found = hub.resolve(place, **hub_options(args))
     tokenizers = TokenizerPair.from_pretrained(found)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import shlex
 import sys
 import warnings
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
+from jax_encdec.cli.generate import positive
 from jax_encdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +78,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num-processes", type=int, metavar="N", help="processes of the job")
     group.add_argument("--process-id", type=int, metavar="N", help="which one this is, from 0")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="without a sign of life, after which a process is taken for dead and the others end "
+        "(default: 20)",
+    )
+    add_cache_option(parser)
     add_flags(parser)
     add_aliases(parser)
 
@@ -88,40 +97,27 @@ def run(args: argparse.Namespace) -> int:
         0; or the code of a signal that ended the run early, after a checkpoint.
     """
     config = read(args)
-    from jax_encdec.training.distributed import job
+    from jax_encdec.training.distributed import HEARTBEAT_TIMEOUT, job
+    from jax_encdec.training.host_memory import keep_freed_memory
 
-    with job(args.coordinator, args.num_processes, args.process_id), explained_memory():
+    keep_freed_memory()
+    connected = job(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        heartbeat_timeout_seconds=args.heartbeat_timeout or HEARTBEAT_TIMEOUT,
+    )
+    with connected, explained_memory():
+        use_cache(args)
         if args.dry_run:
             return _dry_run(config)
-        import jax
-
         from jax_encdec.training.gather import first_process
         from jax_encdec.training.loop import train
 
-        if jax.default_backend() == "cpu":
-            _keep_freed_memory()
         result = train(config)
         if first_process():
             print(summary(result))
         return result.exit_code
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that is freed, in a heap that grows by large pieces.
-
-    On CPU, XLA takes its buffers from malloc anew at every step; large ones come straight from the
-    system and go back to it, so that each of their pages faults at every step. Measured: 9 % of a
-    training step.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
-        mallopt(parameter, value)
 
 
 def read(args: argparse.Namespace) -> TrainingConfig:
@@ -208,11 +204,15 @@ def explained_memory() -> Iterator[None]:
 def _dry_run(config: TrainingConfig) -> int:
     import jax
 
+    from jax_encdec.training import run_folder
     from jax_encdec.training.assemble import Given, assemble, facts
     from jax_encdec.training.config_io import to_toml
 
     resolved = config.resolved(devices=jax.device_count(), platform=jax.default_backend())
-    parts = assemble(resolved, Given(), folder=Path(resolved.run.output), resuming=False)
+    run_folder.check(resolved)
+    parts = assemble(
+        resolved, Given(), folder=Path(resolved.run.output), resuming=run_folder.saved(resolved.run)
+    )
     sys.stdout.write(to_toml(resolved))
     for line in [*_told(facts(parts)), *_placed(parts)]:
         print(f"# {line}".rstrip())

@@ -9,18 +9,27 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Batches": "batches",
     "Callback": "callbacks",
     "EarlyStopping": "callbacks",
     "Stop": "callbacks",
+    "Checkpoints": "checkpoint",
     "EvaluationConfig": "config",
     "ExecutionConfig": "config",
     "ModelConfig": "config",
     "RunConfig": "config",
     "TrainingConfig": "config",
+    "load_config": "config_io.load",
+    "save_config": "config_io.save",
     "DataConfig": "data_config",
+    "TokenizedData": "dataset",
+    "tokenize": "dataset",
+    "EvaluationResult": "evaluation",
+    "evaluate": "evaluation",
+    "TrainResult": "finish",
+    "model_flops": "flops",
     "NonFiniteError": "loop",
     "Run": "loop",
-    "TrainResult": "loop",
     "train": "loop",
     "Group": "optimizer_config",
     "OptimizerConfig": "optimizer_config",
@@ -31,7 +40,9 @@ _HOME = {
     "ShardingRules": "sharding",
     "make_mesh": "sharding",
     "placements": "sharding",
+    "to_global": "sharding",
     "TrainState": "state",
+    "abstract_state": "state",
     "init_state": "state",
     "make_eval_step": "step",
     "make_train_step": "step",
@@ -43,7 +54,9 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'jax_encdec.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jax_encdec.training.{_HOME[name]}"), name)
+    module, _, attribute = _HOME[name].partition(".")
+    found = importlib.import_module(f"jax_encdec.training.{module}")
+    return getattr(found, attribute or name)
 
 
 def __dir__() -> list[str]:

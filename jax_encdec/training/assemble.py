@@ -30,7 +30,7 @@ from jax_encdec.training.config import TrainingConfig
 from jax_encdec.training.dataset import TokenizedData, tokenize
 from jax_encdec.training.flops import model_flops
 from jax_encdec.training.optimizer import Optimizer, make_optimizer
-from jax_encdec.training.sharding import ShardingRules, make_mesh
+from jax_encdec.training.sharding import ShardingRules, check_rows, data_shard, make_mesh
 from jax_encdec.training.state import TrainState, abstract_state, init_state
 from jax_encdec.training.step import Step, make_eval_step, make_train_step
 
@@ -95,6 +95,8 @@ def assemble(config: TrainingConfig, given: Given, *, folder: Path, resuming: bo
     execution, run = config.execution, config.run
     mesh = make_mesh(execution.mesh)
     rules = ShardingRules(indivisible=execution.indivisible)
+    check_rows(config.data.batch_size, mesh, execution.accumulate)
+    data_shard(mesh)  # refuses a mesh that gives the processes unequal parts
     _check_given(given)
     model, params, tokenizers, notes = _model(config, given, mesh, rules, folder, resuming)
     data = {

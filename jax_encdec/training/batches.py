@@ -11,15 +11,14 @@ B batch, S source length, T target length.
 
 from __future__ import annotations
 
-import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jax_encdec.errors import ConfigError, InputError
+from jax_encdec.prefetch import Prefetch
 from jax_encdec.training.dataset import Ragged, TokenizedData
 from jax_encdec.training.shapes import (
     Shape,
@@ -384,47 +383,6 @@ class Steps(Protocol):
         ...
 
 
-class Prefetch(Iterator[Any]):
-    """Batches made ahead by a thread; `close` it, or use it in a `with` statement."""
-
-    def __init__(
-        self, make: Callable[[int], Any], start_step: int, stop_step: int | None, depth: int
-    ):
-        self._queue: queue.Queue[Any] = queue.Queue(depth)
-        self._stop = threading.Event()
-        # The thread holds no reference to this object, so that one let go of ends its thread.
-        self._thread = threading.Thread(
-            target=_produce,
-            args=(make, start_step, stop_step, self._queue, self._stop),
-            name="prefetch",
-            daemon=True,
-        )
-        self._finalizer = weakref.finalize(self, _shut, self._queue, self._stop)
-        self._thread.start()
-
-    def __next__(self) -> Any:
-        if self._stop.is_set():
-            raise StopIteration
-        item, error = self._queue.get()
-        if item is not None:
-            return item
-        self.close()
-        if error is not None:
-            raise error
-        raise StopIteration
-
-    def close(self) -> None:
-        """End the thread; what it has made ahead is dropped."""
-        self._finalizer()
-        self._thread.join()
-
-    def __enter__(self) -> Prefetch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def prefetch(
     batches: Steps,
     start_step: int = 0,
@@ -456,28 +414,3 @@ def prefetch(
         return batch if transform is None else transform(batch)
 
     return Prefetch(make, start_step, stop_step, depth)
-
-
-def _produce(
-    make: Callable[[int], Any],
-    step: int,
-    stop_step: int | None,
-    made: queue.Queue[Any],
-    stop: threading.Event,
-) -> None:
-    error = None
-    try:
-        while not stop.is_set() and (stop_step is None or step < stop_step):
-            made.put((make(step), None))
-            step += 1
-    except BaseException as caught:
-        error = caught
-    if not stop.is_set():
-        made.put((None, error))
-
-
-def _shut(made: queue.Queue[Any], stop: threading.Event) -> None:
-    """Tell the thread to end, and make room for what it is about to put."""
-    stop.set()
-    while not made.empty():
-        made.get_nowait()

@@ -15,9 +15,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -26,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jax_encdec.errors import CheckpointError, EncDecError, InputError, nearest
+from jax_encdec.training.gather import on_first_process
 from jax_encdec.training.step_folders import ABANDONED, DAMAGED, StepFolders
 
+_on_first_process = partial(on_first_process, otherwise=CheckpointError)
 _PATIENCE = 10.0
 """Seconds for a save in progress when this process of several ends in an error."""
 
@@ -406,24 +408,6 @@ class Checkpoints:
 def _wait_quietly(manager: ocp.CheckpointManager) -> None:
     with suppress(Exception):
         manager.wait_until_finished()
-
-
-def _on_first_process(action: Callable[[], int | None]) -> int:
-    """Do something on process 0 and tell every process what it returned, or that it failed."""
-    result, error = 0, None
-    if jax.process_index() == 0:
-        try:
-            result = action() or 0
-        except Exception as caught:
-            error = caught
-    if jax.process_count() > 1:
-        told = multihost_utils.broadcast_one_to_all(np.array([error is not None, result]))
-        if told[0] and error is None:
-            raise CheckpointError("process 0 could not go on with its checkpoints; see its message")
-        result = int(told[1])
-    if error is not None:
-        raise error
-    return result
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

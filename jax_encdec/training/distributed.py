@@ -5,6 +5,8 @@ another is gone.
 it ends it at once, in one line, instead of waiting for peers that may be dead. `stop_on_signals`
 turns SIGTERM and Ctrl-C into a wish to save and stop after the step. A coordinator that stops
 hearing from a process ends the job after `HEARTBEAT_TIMEOUT` seconds, where JAX's default is 100.
+A process that waits for the others in a save, not in a computation, is ended by JAX itself then: in
+its words, with exit code 134 (SIGABRT); jaxlib 0.10.2 cannot call Python there.
 """
 
 from __future__ import annotations
@@ -260,7 +262,7 @@ def _last_words(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
-        print(f"{who}: interrupted", file=sys.stderr)
+        print(": ".join([who, "interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
     if reason := _lost_peer(error):
         print(

@@ -11,7 +11,6 @@ Axis letters: B batch, S source length.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.decoding.sharded import has_room
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.pipeline import Text2TextPipeline, decode
 from jax_encdec.tokenization import TokenizerPair, bucket_length
@@ -38,6 +38,7 @@ from jax_encdec.training.sharding import (
     ShardingRules,
     data_shard,
     make_mesh,
+    replicated,
     to_global,
 )
 from jax_encdec.training.step import make_eval_step
@@ -257,11 +258,10 @@ def generate_texts(
         numbers = jnp.arange(len(rows), dtype=jnp.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
     made = [""] * len(rows)
-    params, split = _spread(params)
+    params, parts = _spread(params)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # What fails does so at once.
     size = min(options.batch_size, 1 << (len(rows) - 1).bit_length()) if rows else 1
-    if split is not None:
-        size = -(-size // split.num_devices) * split.num_devices
+    size = -(-size // parts) * parts
     for start in range(0, len(order), size):
         real = order[start : start + size]
         batch = real + real[-1:] * (size - len(real))
@@ -271,11 +271,10 @@ def generate_texts(
         for b, i in enumerate(batch):
             input_ids[b, : len(rows[i])] = rows[i]
             mask[b, : len(rows[i])] = 1
-        placed = (input_ids, mask) if split is None else jax.device_put((input_ids, mask), split)
         out = model.generate(
             params,
-            placed[0],
-            attention_mask=placed[1],
+            input_ids,
+            attention_mask=mask,
             generation_config=settings,
             key=None if keys is None else keys[np.asarray(batch)],
         )
@@ -285,25 +284,22 @@ def generate_texts(
     return made
 
 
-def _spread(params: Any) -> tuple[Any, jax.sharding.NamedSharding | None]:
-    """The parameters, whole on each of this process's devices, and how to split batches there.
+def _spread(params: Any) -> tuple[Any, int]:
+    """The parameters, whole on each of this process's devices, and into how many parts that splits
+    batches.
 
     Sharded parameters would make the devices talk for every token and layer. Where a device has no
-    room for the whole, or there is only one, batches are not split (None).
+    room for the whole, they stay as they are.
     """
     leaves = jax.tree.leaves(params)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     devices = sorted(arrays[0].devices(), key=lambda d: d.id) if arrays else jax.local_devices()
     if len(devices) == 1:
-        return jax.device_put(params, devices[0]), None
-    memory = devices[0].memory_stats() or {}
-    free = memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)
-    if 2 * sum(leaf.nbytes for leaf in leaves) > free:
-        return params, None
-    mesh = Mesh(np.array(devices), ("rows",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    return jax.device_put(params, whole), rows
+        return jax.device_put(params, devices[0]), 1
+    if not has_room(devices[0], 2 * sum(leaf.nbytes for leaf in leaves)):
+        return params, 1
+    mesh = make_mesh({"replica": len(devices)}, devices=devices)
+    return jax.device_put(params, replicated(mesh)), len(devices)
 
 
 _generate_texts = generate_texts  # The name that an argument of `evaluate` hides.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_encdec.errors import InputError
+from jax_encdec.errors import EncDecError, InputError
 
 
 def first_process() -> bool:
@@ -29,23 +29,32 @@ def agreed(code: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(code))))
 
 
-def on_first_process(action: Callable[[], Any]) -> None:
-    """Let the first process do something; what it raises stops all of them.
+def on_first_process(
+    action: Callable[[], int | None], *, otherwise: type[EncDecError] = InputError
+) -> int:
+    """Let the first process do something; all get the number it returns, 0 where that is None.
 
-    Raises:
-        InputError: on the other processes, where the first one's action failed.
+    What it raises there stops the other processes, too.
+
+    Args:
+        otherwise: what the others raise then.
     """
-    error: BaseException | None = None
+    result, error = 0, None
     if first_process():
         try:
-            action()
+            result = action() or 0
         except Exception as raised:
             error = raised
-    failed = agreed(int(error is not None))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        told = multihost_utils.broadcast_one_to_all(np.array([error is not None, result], np.int32))
+        result = int(told[1])
+        if told[0] and error is None:
+            raise otherwise("process 0 could not go on; its own message says why")
     if error is not None:
         raise error
-    if failed:
-        raise InputError("process 0 could not go on; its own message says why")
+    return result
 
 
 def gathered(params: Any, *, keep: bool = True) -> Any:

@@ -18,70 +18,36 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-import warnings
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from jax_encdec import hub
 from jax_encdec.encoder_decoder import EncoderDecoderModel
-from jax_encdec.errors import CheckpointError, EncDecError, InputError
+from jax_encdec.errors import EncDecError, InputError
 from jax_encdec.tokenization import TokenizerPair
-from jax_encdec.training import report, run_folder
-from jax_encdec.training.assemble import Given, Pairs, Parts, assemble, facts, flops_of
+from jax_encdec.training import finish, report, run_folder
+from jax_encdec.training.assemble import Given, Pairs, Parts, assemble, facts
 from jax_encdec.training.batches import prefetch
-from jax_encdec.training.callbacks import EarlyStopping, Stop, best_index, check_callbacks, notify
+from jax_encdec.training.callbacks import EarlyStopping, best_index, check_callbacks, notify
 from jax_encdec.training.checkpoint import Checkpoints
 from jax_encdec.training.config import TrainingConfig
 from jax_encdec.training.dataset import TokenizedData
-from jax_encdec.training.distributed import EXIT_STOPPED, stop_on_signals
-from jax_encdec.training.gather import agreed, first_process, gathered, on_first_process
-from jax_encdec.training.progress import Bar, Meter, MetricsLog, TensorBoard
+from jax_encdec.training.distributed import stop_on_signals
+from jax_encdec.training.finish import TrainResult
+from jax_encdec.training.gather import agreed, first_process, on_first_process
+from jax_encdec.training.progress import Bar, MetricsLog, TensorBoard
 from jax_encdec.training.scoring import scored
 from jax_encdec.training.sharding import data_shard, to_global
-
-IN_FLIGHT = 2
-"""Steps handed to the device whose numbers have not been read yet."""
-
-Stopped = Literal["finished", "callback", "minutes", "interrupted", "signal"]
+from jax_encdec.training.step_numbers import Shape, StepNumbers
+from jax_encdec.training.stopping import Ending, Interrupted, Stopped, Stopping
 
 
 class NonFiniteError(EncDecError):
     """A loss or gradient was not finite; the last checkpoint is of before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What became of a run."""
-
-    folder: Path
-    step: int
-    """Updates taken, those before a resume included."""
-    stopped: Stopped
-    """`finished`, `callback` and `minutes` leave a finished folder; after `signal` there is a
-    checkpoint to go on from, and no new model."""
-    why: str
-    """The same in words."""
-    metrics: Mapping[str, Any]
-    """The last line of training, of validation, and of test, by its `kind`."""
-    best: tuple[int, float] | None
-    """Step and value of the best evaluation by `run.best_metric`."""
-    model: EncoderDecoderModel
-    params: Any
-    """The parameters of model/: the best or the last ones, averaged if an average is kept."""
-    params_step: int
-    """Whose they are."""
-    tokenizers: TokenizerPair
-
-    @property
-    def exit_code(self) -> int:
-        """Of a command: 0, or `EXIT_STOPPED` when a signal ended the run before its end."""
-        return EXIT_STOPPED if self.stopped == "signal" else 0
 
 
 def train(
@@ -114,8 +80,8 @@ def train(
     Raises:
         EncDecError: the configuration, a file or an argument cannot be used.
         NonFiniteError: the loss became infinite or not a number.
-        KeyboardInterrupt: Ctrl-C, after the step in flight was finished and saved; a second one
-            does not wait.
+        KeyboardInterrupt: Ctrl-C, after the step in flight was finished and saved, with words that
+            say where; a second one does not wait.
     """
     began = time.monotonic()
     callbacks = check_callbacks(callbacks)
@@ -179,14 +145,14 @@ class Run:
         self._own = self._observers()
         self._callbacks = (*self._own, *callbacks)
         self._log = MetricsLog(None, step=0)
-        self._meter: Meter | None = None
-        self._pending: deque[tuple[int, tuple[int, int, int], dict[str, jax.Array]]] = deque()
-        self._covered: list[dict[str, float]] = []
-        self._shapes: set[tuple[int, int, int]] = set()
-        self._compiling = 0.0
+        self._numbers: StepNumbers
+        self._shapes: set[Shape] = set()
         self._evaluations: list[dict[str, Any]] = []
-        self._signals: Any = None
-        self._stop: Stop | None = None
+        self._stopping = Stopping(
+            self.config.run.max_minutes,
+            began=began,
+            reached_preemption=checkpoints.reached_preemption,
+        )
         self._saved = -1
         self._why = ""
 
@@ -241,7 +207,7 @@ class Run:
 
     def _go(self) -> TrainResult:
         notes = self._begin()
-        with stop_on_signals() as self._signals:
+        with stop_on_signals() as self._stopping.signals:
             self._tell("on_start")
             for note in notes:
                 self._say(note)
@@ -251,13 +217,14 @@ class Run:
                 stopped, self._why = self._steps()
                 if stopped not in ("signal", "interrupted"):
                     return self._finish(stopped)
-            except _Interrupted:
-                stopped, self._why = self._signalled()
+            except Interrupted:
+                stopped, self._why = self._stopping.signalled()
             self._save()
             self._checkpoints.wait()
-        self._say(f"{self._why}; saved step {self.step} in {self.folder}")
+        saved = f"saved step {self.step} in {self.folder}"
         if stopped == "interrupted":
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(saved)
+        self._say(f"{self._why}; {saved}")
         self._write_end(self._why)
         return self._result(stopped, self.params, self.step)
 
@@ -290,13 +257,12 @@ class Run:
             run_folder.save_config(self.folder, self.config)
             if restored is None:
                 run_folder.save_start(self.folder, self.model, self.tokenizers)
-        flops, peak = flops_of(parts)
-        self._meter = Meter(flops, peak=peak)
+        self._numbers = StepNumbers(parts, self._log, began=self._began, arrived=self._arrived)
         return notes
 
     # Steps --------------------------------------------------------------------------------------
 
-    def _steps(self) -> tuple[Stopped, str]:
+    def _steps(self) -> Ending:
         """Take steps until all are taken or something stops the run; why it ended.
 
         What is due after a step: its evaluation, then its checkpoint, which keeps the scores. The
@@ -314,61 +280,48 @@ class Run:
             transform=lambda batch: to_global(batch, parts.mesh),
         )
         with contextlib.closing(batches):
+            ending = self._ending(agree=True)  # a callback may know that it was the end before
             while True:
-                ending = self._ending()
                 signalled = ending is not None and ending[0] in ("signal", "interrupted")
                 if not signalled and self._wants_evaluation(at_end=ending is not None):
                     self._evaluate()
-                    ending = ending or self._ending()  # a callback may have had enough
+                    ending = ending or self._ending(agree=True)  # a callback may have had enough
                 if ending is not None or self._wants_save():
                     self._save()
                 if ending is not None:
                     return ending
                 self._one_step(next(batches))
+                ending = self._ending(agree=self.step % self.config.run.log_every == 0)
 
-    def _ending(self) -> tuple[Stopped, str] | None:
+    def _ending(self, *, agree: bool) -> Ending | None:
         """Why the run ends here, if it does."""
         last = self.step >= self.total_steps
         if last:
-            self._drain()  # What a callback says of the last steps counts.
-        return self._asked(agree=last) or (("finished", "all steps were taken") if last else None)
+            self._numbers.drain()  # What a callback says of the last steps counts.
+        asked = self._stopping.asked(agree=agree or last)
+        return asked or (("finished", "all steps were taken") if last else None)
 
     def _one_step(self, batch: Mapping[str, jax.Array]) -> None:
         """Hand a step to the device; read the numbers of one that it has finished."""
-        assert self._meter is not None
         rows, source = batch["input_ids"].shape
         shape = rows, source, batch["labels"].shape[1]
         if shape not in self._shapes:
             # Nothing else is under way, so that the time measured is the compiler's.
-            self._drain()
+            self._numbers.drain()
             began = time.monotonic()
-            with self._meter.paused():
+            with self._numbers.meter.paused():
                 self.state, metrics = self.parts.step(self.state, batch)
             self._shapes.add(shape)
-            self._compiling += time.monotonic() - began
+            self._numbers.compiling += time.monotonic() - began
         else:
             self.state, metrics = self.parts.step(self.state, batch)
-        for value in metrics.values():
-            value.copy_to_host_async()
         self.step += 1
-        self._pending.append((self.step, shape, metrics))
-        while len(self._pending) > IN_FLIGHT:
-            self._arrived()
+        self._numbers.expect(self.step, shape, metrics)
 
-    def _drain(self) -> None:
-        """Wait for the device and read all numbers."""
-        while self._pending:
-            self._arrived()
-
-    def _arrived(self) -> None:
-        """Read the numbers of the oldest step under way."""
-        assert self._meter is not None
-        step, shape, arrays = self._pending.popleft()
-        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+    def _arrived(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Look at the numbers of a step."""
         if not metrics["finite"] and self.config.run.on_non_finite == "stop":
             self._non_finite(step, metrics)
-        self._meter.step(shape, metrics["source_tokens"] + metrics["target_tokens"])
-        self._covered.append(metrics)
         self._tell("on_step", {"step": step, **metrics})
         if step % self.config.run.log_every == 0:
             self._write_line(step)
@@ -389,36 +342,14 @@ class Run:
         )
 
     def _write_line(self, step: int) -> None:
-        """A training line over the steps since the last one."""
-        assert self._meter is not None
-        covered, self._covered = self._covered, []
-        tokens = sum(m["target_tokens"] for m in covered)
+        """A training line over the steps since the last one, if there were any."""
+        if line := self._numbers.write(step):
+            self._tell("on_log", line)
 
-        def mean(name: str) -> float:
-            return sum(m[name] * m["target_tokens"] for m in covered) / max(tokens, 1.0)
-
-        values: dict[str, Any] = {
-            "steps": len(covered),
-            "loss": mean("loss"),
-            "objective": mean("objective"),
-            "accuracy": mean("accuracy"),
-            "grad_norm": sum(m["grad_norm"] for m in covered) / len(covered),
-            "learning_rate": self.parts.optimizer.rates(step - 1),
-            "target_tokens": int(tokens),
-            "source_tokens": int(sum(m["source_tokens"] for m in covered)),
-            "epoch": self._epoch(step),
-            "elapsed_seconds": time.monotonic() - self._began,
-            "compile_seconds": self._compiling,
-            **self._meter.lap(),
-        }
-        if bad := sum(not m["finite"] for m in covered):
-            values["steps_not_finite"] = bad
-        self._compiling = 0.0
-        self._tell("on_log", self._log.write("train", step, values))
-
-    def _epoch(self, step: int) -> float:
-        epoch, index = self.parts.batches.position(step)
-        return epoch + index / max(self.parts.batches.steps_per_epoch(epoch), 1)
+    def _settle(self) -> None:
+        """Wait for the device; its numbers are then read and written."""
+        self._numbers.drain()
+        self._write_line(self.step)
 
     # What is due between steps --------------------------------------------------------------------
 
@@ -443,43 +374,11 @@ class Run:
         is_best = bool(evaluated and best and best[0] == self.step and self.config.run.keep_best)
         return is_best or self._due(self.config.run.save_every)
 
-    def _asked(self, *, agree: bool = False) -> tuple[Stopped, str] | None:
-        """Why the run has to stop here, if it has."""
-        if jax.process_count() > 1:
-            if self._checkpoints.reached_preemption(self.step):
-                return "signal", "it was told to stop"
-            # Agreement waits for the device, so that it is had only where a line is written.
-            if not agree and self.step % self.config.run.log_every:
-                return None
-        minutes = self.config.run.max_minutes
-        reasons: list[tuple[Stopped, str] | None] = [None] * 5
-        if self._stop is not None:
-            reasons[1] = "callback", self._stop.reason
-        if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
-            reasons[2] = "minutes", f"run.max_minutes ({minutes:g}) had passed"
-        if self._signals.requested is not None:
-            signalled = self._signalled()
-            reasons[3 if signalled[0] == "interrupted" else 4] = signalled
-        codes = [code for code, reason in enumerate(reasons) if reason is not None]
-        code = agreed(max(codes, default=0))
-        names: tuple[Stopped, ...] = ("finished", "callback", "minutes", "interrupted", "signal")
-        return (reasons[code] or (names[code], "another process stopped")) if code else None
-
-    def _signalled(self) -> tuple[Stopped, str]:
-        """Why a signal ends the run."""
-        name = self._signals.requested.name if self._signals.requested else "a signal"
-        if name == "SIGINT":
-            return "interrupted", "it was interrupted"
-        return "signal", f"it was told to stop ({name})"
-
     def _save(self) -> None:
         """Save this step, unless that is done: its numbers are finite, its line is written."""
         if self._saved == self.step:
             return
-        assert self._meter is not None
-        self._drain()
-        if self._covered:
-            self._write_line(self.step)
+        self._settle()
         extra = {
             "data": self.parts.batches.state(self.step),
             "evaluations": self.evaluations,
@@ -488,7 +387,7 @@ class Run:
         if self.evaluations and self.evaluations[-1]["step"] == self.step:
             last = self.evaluations[-1]
             numbers = {k: v for k, v in last.items() if isinstance(v, float)}
-        with self._meter.paused():
+        with self._numbers.meter.paused():
             self._checkpoints.save(self.step, self.state, extra, numbers)
         self._saved = self.step
         self._tell("on_save", self.step)
@@ -497,11 +396,8 @@ class Run:
 
     def _evaluate(self) -> None:
         """Validation loss, generated texts and their scores; a line of metrics.jsonl."""
-        assert self._meter is not None
-        self._drain()
-        if self._covered:
-            self._write_line(self.step)
-        with self._meter.paused():
+        self._settle()
+        with self._numbers.meter.paused():
             record = self._scores("validation", self.params)
             record = self._log.write("evaluate", self.step, record)
         self._evaluations.append(record)
@@ -511,19 +407,13 @@ class Run:
         """Evaluate parameters on a split; the table of samples is written beside."""
         data = self.parts.validation if split == "validation" else self.parts.test
         assert data is not None
-        found = scored(self.parts, params, data, split, may_go_on=self._may_go_on)
+        found = scored(self.parts, params, data, split, may_go_on=self._stopping.check)
         if first_process() and found.samples:
             name = "test" if split == "test" else f"step-{self.step:08d}"
             (self.folder / run_folder.SAMPLES).mkdir(exist_ok=True)
             text = report.sample_table(found.samples)
             hub.write_bytes(self.folder / run_folder.SAMPLES / f"{name}.md", text.encode())
         return {"split": split, **found.to_dict()}
-
-    def _may_go_on(self) -> None:
-        """Give up an evaluation when a signal came: whoever sends one does not wait for long."""
-        # Alone, that is; several processes stop together, between steps.
-        if self._signals.requested is not None and jax.process_count() == 1:
-            raise _Interrupted
 
     # The end --------------------------------------------------------------------------------------
 
@@ -536,18 +426,7 @@ class Run:
             record = self._log.write("test", step, self._scores("test", params))
             self._tell("on_evaluate", record)
         self._write_end(self._why)
-        whole = gathered(params, keep=first_process())
-
-        def write() -> None:
-            record = report.read_record(self.folder)
-            own = self.tokenizers.target is not self.tokenizers.source
-            card = report.model_card(
-                record, step=step, whole=self.model.config.whole, own_target_tokenizer=own
-            )
-            run_folder.write_model(self.folder, self.model, whole, self.tokenizers, card)
-            report.write_report(self.folder)
-
-        on_first_process(write)
+        finish.write(self.folder, self.model, self.tokenizers, params, step)
         result = self._result(stopped, params, step)
         self._tell("on_end", result)
         return result
@@ -555,27 +434,13 @@ class Run:
     def _final(self) -> tuple[Any, int]:
         """The parameters that become the model, and whose step they are of."""
         best = self.best
-        if self.config.run.final == "last" or best is None or best[0] == self.step:
+        if self.config.run.final == "last" or best is None:
             return self.params, self.step
-        steps = self._checkpoints.steps()
-        chosen = best[0] if best[0] in steps else self._checkpoints.best()
-        if chosen is None or chosen == self.step:
-            warnings.warn(
-                f"the best step, {best[0]}, was not kept: the last is taken", stacklevel=2
-            )
+        chosen = finish.best_kept(self._checkpoints, best[0], self.step)
+        if chosen == self.step:
             return self.params, self.step
-        if chosen != best[0]:
-            warnings.warn(
-                f"the best step, {best[0]}, was not kept: {chosen} is taken", stacklevel=2
-            )
         self.state = None  # Room for the other one.
-        like = self.parts.abstract_state()
-        try:
-            restored = self._checkpoints.restore(like, step=chosen)
-        except CheckpointError as error:
-            warnings.warn(f"{error}; the newest sound step is taken instead", stacklevel=2)
-            restored = self._checkpoints.restore(like)
-        assert restored is not None  # this run has saved its last step
+        restored = finish.restore(self._checkpoints, self.parts.abstract_state(), chosen)
         self.state = restored.state
         return self.params, restored.step
 
@@ -604,16 +469,13 @@ class Run:
     # Telling --------------------------------------------------------------------------------------
 
     def _tell(self, event: str, *arguments: Any) -> None:
-        self._stop = notify(self._callbacks, event, self, *arguments) or self._stop
+        stop = notify(self._callbacks, event, self, *arguments)
+        self._stopping.wish = stop or self._stopping.wish
 
     def _say(self, text: str) -> None:
         for observer in self._own:
             if isinstance(observer, Bar):
                 observer.say(text)
-
-
-class _Interrupted(Exception):
-    """A signal came during an evaluation."""
 
 
 def _now() -> str:

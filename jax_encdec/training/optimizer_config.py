@@ -85,12 +85,12 @@ class OptimizerConfig:
     """Peak rate; Adafactor's is relative to each tensor's size. None: 5e-5; Adafactor 1e-3, Lion
     1e-5."""
     schedule: Schedule | None = None
-    """How the rate changes after the warm-up: constant; linear or cosine, which would reach zero
-    one step after the last; inverse_sqrt, by the inverse square root; or noam, learning_rate *
-    min(n^-0.5, n * warmup_steps^-1.5) at step n. None: linear."""
+    """How the rate changes after the warm-up, as PyTorch Transformers has it: constant; linear or
+    cosine, which would reach zero one step after the last; inverse_sqrt, by the inverse square
+    root. Or noam, learning_rate * min(n^-0.5, n * warmup_steps^-1.5) at step n. None: linear."""
     warmup_steps: int | None = None
-    """Steps over which the rate rises linearly: the first has 1 / warmup_steps of the peak, the
-    last all of it. None: 0."""
+    """Steps over which the rate rises linearly: from zero, the first step's, to the peak, that of
+    the step after them. None: 0."""
     weight_decay: float | None = None
     """Decoupled weight decay of matrices and tables, never of biases and norms. None: 0."""
     b1: float | None = None

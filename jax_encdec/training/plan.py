@@ -316,6 +316,8 @@ def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
         fits = needed <= usable
         collectives = tuple(answer["collectives"])
         bound = _bound(request, answer, memory, devices, share)
+        if request.gpu is None:
+            notes += _sums(answer)
         if request.gpu and fits and needed > 0.75 * chip.memory:
             notes.append(
                 "JAX takes three quarters of a GPU's memory by default: set "
@@ -337,6 +339,27 @@ def _plan(request: PlanRequest, answer: dict[str, Any]) -> Plan:
         seconds=answer.get("seconds", 0.0),
         notes=tuple(notes),
     )
+
+
+def _sums(answer: dict[str, Any]) -> Iterator[str]:
+    """Where TPUs' compiler (libtpu 0.0.42, at every effort) does not do what FSDP asks for.
+
+    It has no reduce-scatter over squares of chips (4x4, 8x8, 16x16 of v5e and v6e) nor over v5p's
+    2x2x4, 2x4x4 and 4x4x4, not even an explicit one; over 2x2, 2x4, 4x8, 8x16, or one side of a
+    square it has.
+    """
+    mesh, parameters = answer["mesh"], answer["parameters"]
+    if mesh["fsdp"] == 1 or mesh["tensor"] > 1:  # which sums activations
+        return
+    within = {c["kind"]: c["bytes"] for c in answer["collectives"] if not c["across_slices"]}
+    if "reduce-scatter" not in within and within.get("all-reduce", 0) > 0.4 * parameters:
+        yield (
+            "gradients are summed whole (all-reduce), at twice the bytes, though each device needs "
+            "its part only: TPUs' compiler has no reduce-scatter over these chips; over one side "
+            "of a square it has, as in replica=4,fsdp=4 on 4x4"
+        )
+    if within.get("all-gather", 0) < 2 * parameters < within.get("all-reduce", 0):
+        yield "parameters are gathered by all-reduces, too, each device's part being so small"
 
 
 def _bound(

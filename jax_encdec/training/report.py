@@ -1,10 +1,10 @@
-"""The report of a run and the model's card: pure functions of the files in the run folder.
+"""The report of a run: a pure function of the files in the run folder.
 
     config.toml     every option, resolved
     sessions.jsonl  one line per start and per end: hardware, versions, model, data, why it ended
     metrics.jsonl   the numbers
     samples/        tables of sources, references and predictions
-      -> report.md with curves/*.svg and *.png, and the card that model/README.md is
+      -> report.md with curves/*.svg and *.png; and `model_card.py`'s model/README.md
 
 So a report can be written again at any time, and a resumed run's covers all of its parts.
 """
@@ -258,7 +258,8 @@ def sample_table(samples: Iterable[Any]) -> str:
     return table(("source", "reference", "prediction"), rows)
 
 
-def _score_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def score_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Name, value and lead baseline of each score of an evaluation; its loss."""
     rows = [
         (title, f"{record[name]:.2f}", _number(record.get(f"lead_{name}")))
         for name, title in _SCORES.items()
@@ -301,7 +302,7 @@ def report_text(record: Record, curves: Sequence[str]) -> str:
     if record.samples:
         parts += ["## Sample predictions\n", record.samples]
     parts += ["## Speed\n", _speed(record)]
-    parts += ["## Model and data\n", _facts(record)]
+    parts += ["## Model and data\n", facts_table(record)]
     parts += ["## Hardware, versions, seeds\n", reproducibility(record)]
     if len(record.starts) > 1 or any(start.get("notes") for start in record.starts):
         parts += ["## Sessions\n", _sessions(record)]
@@ -337,7 +338,7 @@ def _results(record: Record) -> str:
     parts = []
     if record.test:
         parts.append(f"Test, after step {record.test['step']:,}:\n")
-        parts.append(table(("", "model", "lead baseline"), _score_rows(record.test)))
+        parts.append(table(("", "model", "lead baseline"), score_rows(record.test)))
     if record.evaluations:
         names = [
             n for n in ("loss", *_SCORES) if any(e.get(n) is not None for e in record.evaluations)
@@ -386,7 +387,8 @@ def _speed(record: Record) -> str:
     return table(("", ""), rows)
 
 
-def _facts(record: Record) -> str:
+def facts_table(record: Record) -> str:
+    """Model, data, optimizer and execution of the last session, as a table."""
     rows = []
     for part in ("model", "data", "optimizer", "execution"):
         for key, value in (record.start.get(part) or {}).items():
@@ -430,81 +432,3 @@ def _sessions(record: Record) -> str:
         notes = "; ".join(start.get("notes") or ())
         rows.append((start["started"], f"{start.get('from_step', 0):,}", at, why, notes))
     return table(("started", "from step", "on", "ended because", "notes"), rows)
-
-
-# The model's card ---------------------------------------------------------------------------------
-
-
-def model_card(record: Record, *, step: int, whole: bool, own_target_tokenizer: bool) -> str:
-    """The README.md of model/.
-
-    Args:
-        record: of the run.
-        step: whose parameters these are.
-        whole: a whole model (BART, T5, ...), not a pair of two; opened by another class.
-        own_target_tokenizer: the target side has a tokenizer of its own.
-    """
-    start = record.start
-    model = start.get("model", {})
-    bases = [str(base) for base in model.get("base") or ()]
-    front = ["---", "library_name: jax_encdec", "pipeline_tag: text2text-generation"]
-    hubs = [base for base in bases if base.count("/") == 1 and not base.startswith((".", "/", "~"))]
-    if hubs:
-        front += ["base_model:", *(f"- {json.dumps(base)}" for base in dict.fromkeys(hubs))]
-    front += ["tags:", "- encoder-decoder", "- jax", "---", ""]
-    parts = ["\n".join(front), f"# {title(record)}\n", _what(record, bases, step)]
-    if record.last:
-        split = "test" if record.test else "validation"
-        parts.append(f"## Results\n\nOn the {split} data, after step {record.last['step']:,}:\n")
-        parts.append(table(("", "model", "lead baseline"), _score_rows(record.last)))
-        if any(name.startswith("lead_") for name in record.last):
-            parts.append("The lead baseline takes the beginning of the source as its summary.\n")
-    parts.append("## Use\n")
-    parts.append(_usage(whole, own_target_tokenizer))
-    parts.append("## Training\n")
-    parts.append(_facts(record))
-    parts.append("## Reproduce\n")
-    parts.append(reproducibility(record))
-    parts.append(
-        f"With this configuration, `jax-encdec train config.toml`:\n\n"
-        f"```toml\n{shown_config(record)}\n```\n"
-    )
-    return "\n".join(parts)
-
-
-def _what(record: Record, bases: Sequence[str], step: int) -> str:
-    made = f"It started from {' and '.join(dict.fromkeys(bases))}. " if bases else ""
-    return (
-        f"A sequence-to-sequence model, trained with jax_encdec for {step:,} steps. {made}"
-        f"The files are those of PyTorch Transformers.\n"
-    )
-
-
-def _usage(whole: bool, own_target_tokenizer: bool) -> str:
-    kind = "AutoModelForSeq2SeqLM" if whole else "EncoderDecoderModel"
-    target = "tokenizer"
-    second = ""
-    if own_target_tokenizer:
-        target = "target_tokenizer"
-        second = (
-            f'{target} = AutoTokenizer.from_pretrained(folder, subfolder="decoder_tokenizer")\n'
-        )
-    return (
-        "With jax_encdec:\n\n"
-        "```python\n"
-        "from jax_encdec import Text2TextPipeline\n\n"
-        'pipe = Text2TextPipeline.from_pretrained("this-folder")\n'
-        'pipe(["a text", "another"])\n'
-        "```\n\n"
-        "With PyTorch Transformers:\n\n"
-        "```python\n"
-        f"from transformers import AutoTokenizer, {kind}\n\n"
-        'folder = "this-folder"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"{second}"
-        f"model = {kind}.from_pretrained(folder)\n"
-        'inputs = tokenizer(["a text", "another"], padding=True, return_tensors="pt")\n'
-        "made = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask)\n"
-        f"{target}.batch_decode(made, skip_special_tokens=True)\n"
-        "```\n"
-    )

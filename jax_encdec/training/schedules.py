@@ -1,7 +1,9 @@
 """Learning rates as functions of the step alone, so that a resumed run is the same run.
 
 One formula serves the compiled step (`xp=jax.numpy`, the step traced) and the log (`xp=numpy`).
-Warm-up rises to the peak over `warmup_steps` updates, of which the first is not idle.
+The numbers are those of PyTorch Transformers' schedules of the same names, so that the warm-up
+rises from zero, the rate of the first update, to the peak at update `warmup_steps`; "noam" is that
+of Vaswani et al. 2017, which counts updates from one.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 import math
 from types import ModuleType
 from typing import Any
+
+_TIMESCALE = 10_000
+"""Updates over which "inverse_sqrt" without a warm-up falls to 0.7 of the peak."""
 
 
 def rate(
@@ -27,18 +32,20 @@ def rate(
     Returns:
         float32, of step's shape.
     """
-    n = xp.asarray(step + 1).astype(xp.float32)
-    rise = xp.minimum(n / max(1, warmup_steps), 1.0)
+    warm = max(1, warmup_steps)
+    n = xp.asarray(step).astype(xp.float32)
+    if schedule == "noam":
+        n = n + 1
+        shape = xp.minimum(n / warm, xp.sqrt(warm / n)) / math.sqrt(warm)
+        return (peak * shape).astype(xp.float32)
     if schedule == "constant":
-        shape = rise
-    elif schedule in ("inverse_sqrt", "noam"):
-        warm = max(1, warmup_steps)
-        shape = xp.minimum(rise, xp.sqrt(warm / n))
-        # rise = n / w and sqrt(w / n) are w^0.5 times noam's n * w^-1.5 and n^-0.5.
-        peak = peak / math.sqrt(warm) if schedule == "noam" else peak
+        fall = xp.ones_like(n)
+    elif schedule == "inverse_sqrt":
+        scale = warmup_steps or _TIMESCALE
+        fall = xp.sqrt(scale / xp.maximum(n + (scale - warmup_steps), 1))
     else:
-        left = (total_steps - (n - 1)) / max(1, total_steps - warmup_steps)
+        left = (total_steps - n) / max(1, total_steps - warmup_steps)
         left = xp.clip(left, 0.0, 1.0)
         fall = left if schedule == "linear" else 0.5 - 0.5 * xp.cos(math.pi * left)
-        shape = xp.where(n <= warmup_steps, rise, fall)
+    shape = xp.where(n < warmup_steps, n / warm, fall)
     return (peak * shape).astype(xp.float32)

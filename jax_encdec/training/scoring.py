@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jax_encdec.training import evaluation
 from jax_encdec.training.assemble import Parts
 from jax_encdec.training.dataset import TokenizedData
@@ -27,7 +29,8 @@ def scored(
     """Evaluate parameters on a split, as the configuration says.
 
     Args:
-        may_go_on: called between batches; what it raises ends the evaluation.
+        may_go_on: called between batches, equally often in every process; what it raises ends the
+            evaluation.
     """
     config = parts.config.evaluation
     whole: list[Any] = []
@@ -38,10 +41,13 @@ def scored(
 
     def generate(rows: Rows, options: Generation) -> list[str]:
         whole.append(gathered(params))
-        return in_parts(lambda own: by_length(own, lambda some: made(some, options)), rows)
+        share = -(-len(rows) // jax.process_count())
+        return in_parts(lambda own: by_length(own, lambda some: made(some, options), share), rows)
 
     def made(rows: Rows, options: Generation) -> list[str]:
         may_go_on()
+        if not rows:
+            return []
         return evaluation.generate_texts(parts.model, whole[0], parts.tokenizers, rows, options)
 
     return evaluation.evaluate(
@@ -58,11 +64,17 @@ def scored(
     )
 
 
-def by_length(rows: Rows, work: Callable[[Rows], list[str]], size: int = 256) -> list[str]:
-    """`work` of rows, a few hundred of like length at a time, the longest first; in their order."""
+def by_length(
+    rows: Rows, work: Callable[[Rows], list[str]], most: int, size: int = 256
+) -> list[str]:
+    """`work` of rows, a few hundred of like length at a time, the longest first; in their order.
+
+    Args:
+        most: of rows in any process; all call `work` as often, some with none at the end.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     made = [""] * len(rows)
-    for start in range(0, len(order), size):
+    for start in range(0, most, size):
         part = order[start : start + size]
         for i, text in zip(part, work([rows[i] for i in part]), strict=True):
             made[i] = text

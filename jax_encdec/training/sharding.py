@@ -326,6 +326,25 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], parts: int = 1) -> dic
     return dict.fromkeys(batch, rows(mesh))
 
 
+def check_rows(count: int, mesh: Mesh, parts: int = 1) -> None:
+    """See that a mesh divides the rows of a batch, before there is one.
+
+    Args:
+        parts: micro-batches into which the rows are split besides.
+
+    Raises:
+        InputError: it does not.
+    """
+    shares = _parts(mesh, BATCH_AXES) * parts
+    if count % shares:
+        micro = f" x execution.accumulate {parts}" if parts > 1 else ""
+        shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise InputError(
+            f"data.batch_size is {count}, which must divide by replica x fsdp{micro} = {shares} "
+            f"(mesh {shape}); {max(count // shares, 1) * shares} would do"
+        )
+
+
 def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Which part of each global batch a process feeds: (index, number of parts).
 
