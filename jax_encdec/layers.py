@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_encdec.config import Norm
+from jax_encdec.dense_kernels import Kernel
 
 Params = Mapping[str, Any]
 """A nested dict of arrays."""
@@ -99,9 +100,33 @@ def logical_axes(tree: Any) -> Any:
 
 # Activations, by their published names -----------------------------------------------------------
 
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution up to x, from erf as PyTorch has it; in x's dtype.
+
+    By `erfc`, as in `jax.nn.gelu`, it takes longer on a CPU, and its derivative keeps more.
+    """
+    y = x.astype(jnp.float32)
+    return (y * _normal_up_to(y)).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    # The slope is one array, made at once: all that waits for the backward pass.
+    (x,), (tangent,) = primals, tangents
+    y = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(y)) * (2.0 * math.pi) ** -0.5
+    return gelu(x), (_normal_up_to(y) + y * density).astype(x.dtype) * tangent
+
+
+def _normal_up_to(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
+    "gelu_python": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -137,6 +162,8 @@ def dense_params(
 
 def dense(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
     """Contract the last `inputs` axes of `x` with the kernel's first; in x's dtype."""
+    if isinstance(params["kernel"], Kernel):
+        return params["kernel"].product(x, params.get("bias"))[0]
     kernel = params["kernel"].astype(x.dtype)
     y = jax.lax.dot_general(
         x,
@@ -144,6 +171,14 @@ def dense(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
         ((tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))), ((), ())),
     )
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def dense_each(params: Params, names: tuple[str, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+    """What each of several dense layers makes of `x`; they may have been joined to one."""
+    joined = params.get("+".join(names))
+    if joined is None:
+        return tuple(dense(params[name], x) for name in names)
+    return joined["kernel"].product(x, joined.get("bias"))
 
 
 def norm_params(config: Norm, size: int, axis: str | None = "embed") -> dict[str, Param]:

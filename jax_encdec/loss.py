@@ -64,16 +64,15 @@ def shift_right(
 def cross_entropy(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits `[B, T, V]`, labels `[B, T]` -> summed loss in nats and number of labels counted."""
     counted = labels != IGNORE
-    loss = jax.nn.logsumexp(scores, axis=-1) - _picked(scores, labels, axis=-1)
+    loss = jax.nn.logsumexp(scores, axis=-1) - _picked(scores, labels)
     return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted.astype(jnp.float32))
 
 
-def _picked(scores: jax.Array, labels: jax.Array, axis: int) -> jax.Array:
+def _picked(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """The scores of the labels; NaN outside the vocabulary, never another token's."""
     safe = jnp.where(labels == IGNORE, 0, labels)
-    safe = jnp.where(safe < 0, scores.shape[axis], safe)
-    picked = jnp.take_along_axis(scores, jnp.expand_dims(safe, axis), axis=axis, mode="fill")
-    return jnp.squeeze(picked, axis)
+    safe = jnp.where(safe < 0, scores.shape[-1], safe)
+    return jnp.take_along_axis(scores, safe[..., None], axis=-1, mode="fill")[..., 0]
 
 
 def head_loss(
@@ -182,34 +181,36 @@ def _loop(
         start = i * spec.size
         x = jax.lax.dynamic_slice_in_dim(states, start, spec.size, axis=1)
         ids = jax.lax.dynamic_slice_in_dim(labels, start, spec.size, axis=1)
-        # The vocabulary first, as the kernel has it: measured faster than last, on a CPU.
-        scores = _product(weights, x, 1, 2)
-        scores = scores if bias is None else scores + bias.astype(jnp.float32)[:, None, None]
+        scores = _product(x, weights, 1)
+        scores = scores if bias is None else scores + bias.astype(jnp.float32)
         if spec.softcap is not None:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-        scores = constrain(spec.execution, scores, "act_vocab", "act_batch", None)
+        scores = constrain(spec.execution, scores, "act_batch", None, "act_vocab")
         parts, slope = _terms(spec, scores, ids)
         sums = tuple(a + b for a, b in zip(sums, parts, strict=True))
         if not slopes:
             return sums, found
         d_states, d_kernel, d_bias = found
-        slope, ones = slope.astype(states.dtype), (ids != IGNORE).astype(states.dtype)
+        ones = (ids != IGNORE).astype(states.dtype)
+        # Written once for its three products: on a CPU, XLA would else make it anew for each, and
+        # transposed as slowly as can be.
+        slope = jax.lax.optimization_barrier(slope.astype(states.dtype))
         if d_bias is not None:  # a product and no sum: the slopes are there for products already
             d_bias = d_bias + jnp.einsum(
-                "vgp,gp->vg", slope, ones, preferred_element_type=jnp.float32
+                "gpv,gp->gv", slope, ones, preferred_element_type=jnp.float32
             )
-        d_x = (_product(slope, weights, 0, 0) * ones[..., None]).astype(states.dtype)
+        d_x = (_product(slope, weights, 0) * ones[..., None]).astype(states.dtype)
         d_states = jax.lax.dynamic_update_slice_in_dim(d_states, d_x, start, axis=1)
         # Each group adds up its own, so that devices meet once, after the last chunk.
         d_kernel = d_kernel + jnp.einsum(
-            "vgp,gpw->gvw", slope, x * ones[..., None], preferred_element_type=jnp.float32
+            "gpv,gpw->gvw", slope, x * ones[..., None], preferred_element_type=jnp.float32
         )
         return sums, (d_states, d_kernel, d_bias)
 
     found: Any = None
     if slopes:
         d_kernel = jnp.zeros((groups, vocabulary, width), jnp.float32)
-        d_bias = None if bias is None else jnp.zeros((vocabulary, groups), jnp.float32)
+        d_bias = None if bias is None else jnp.zeros((groups, vocabulary), jnp.float32)
         found = (jnp.zeros_like(states), d_kernel, d_bias)
     start = ((jnp.zeros((), jnp.float32),) * 4, found)
     if spec.size == positions:
@@ -222,45 +223,45 @@ def _loop(
         d_states, d_kernel, d_bias = found
         d_kernel = jnp.sum(d_kernel, axis=0).astype(kernel.dtype)
         if bias is not None:
-            d_bias = jnp.sum(d_bias, axis=1).astype(bias.dtype)
+            d_bias = jnp.sum(d_bias, axis=0).astype(bias.dtype)
         found = (d_states, d_kernel, d_bias)
     return sums, found
 
 
-def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-    """The product over one axis of each, float32, `a`'s other axes first."""
-    axes = (((over_a,), (over_b,)), ((), ()))
+def _product(a: jax.Array, b: jax.Array, over: int) -> jax.Array:
+    """The product over the last axis of `a` and axis `over` of `b`, float32."""
+    axes = (((a.ndim - 1,), (over,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def _terms(
     spec: _Spec, scores: jax.Array, labels: jax.Array
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """What scores `[V, G, P]` add to the fields of a `LossOutput`, and the loss's slope by what
+    """What scores `[G, P, V]` add to the fields of a `LossOutput`, and the loss's slope by what
     the cap was put on: also of positions that do not count, which whoever uses it leaves out."""
     counted, share = labels != IGNORE, spec.smoothing
-    is_label = jnp.arange(scores.shape[0])[:, None, None] == labels
-    top = jnp.max(scores, axis=0)
-    exponential = jnp.exp(scores - top)
-    partition = jnp.sum(exponential, axis=0)
+    is_label = jnp.arange(scores.shape[-1]) == labels[..., None]
+    top = jnp.max(scores, axis=-1)
+    exponential = jnp.exp(scores - top[..., None])
+    partition = jnp.sum(exponential, axis=-1)
     normaliser = top + jnp.log(partition)
-    if _split_vocabulary(spec.execution, scores.shape[0]):
+    if _split_vocabulary(spec.execution, scores.shape[-1]):
         # By comparison and not by index: each device keeps its part of the vocabulary.
-        inside = jnp.any(is_label, axis=0)
-        picked = jnp.sum(jnp.where(is_label, scores, 0.0), axis=0)
+        inside = jnp.any(is_label, axis=-1)
+        picked = jnp.sum(jnp.where(is_label, scores, 0.0), axis=-1)
         picked = jnp.where(inside | ~counted, picked, jnp.nan)
     else:
-        picked = _picked(scores, labels, axis=0)
+        picked = _picked(scores, labels)
     loss = nll = normaliser - picked
     if share:
-        loss = (1 - share) * nll + share * (normaliser - jnp.mean(scores, axis=0))
+        loss = (1 - share) * nll + share * (normaliser - jnp.mean(scores, axis=-1))
 
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(counted, x, 0.0).astype(jnp.float32))
 
     sums = total(loss), total(nll), total(jnp.ones_like(nll)), total(picked >= top)
-    slope = exponential * (1.0 / partition) - (1.0 - share) * is_label
-    slope = slope - share / scores.shape[0] if share else slope
+    slope = exponential * (1.0 / partition)[..., None] - (1.0 - share) * is_label
+    slope = slope - share / scores.shape[-1] if share else slope
     if spec.softcap is not None:
         slope = slope * (1.0 - jnp.square(scores / spec.softcap))
     return sums, slope
