@@ -125,10 +125,15 @@ def table(found: dict[str, Any]) -> str:
             f"{row['cpu_seconds']:.0f} s of CPU",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = sorted(
-        {f"`{p['path']}`: {p['note']}" for row in found["rows"].values() for p in row["placements"]}
-    )
-    lines += ["", "What a mesh does not divide:", "", *(f"- {note}" for note in notes), ""]
+    said: dict[str, list[str]] = {}
+    for label, row in found["rows"].items():
+        for note in row["notes"]:
+            said.setdefault(note, []).append(label)
+        for p in row["placements"]:
+            said.setdefault(f"`{p['path']}`: {p['note']}", []).append(label)
+    if said:
+        lines += ["", *(f"- {'; '.join(rows)}: {note}" for note, rows in said.items())]
+    lines.append("")
     return "\n".join(lines)
 
 

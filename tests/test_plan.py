@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from jax_encdec import BertConfig, EncoderDecoderConfig
 from jax_encdec.cli import Parser
 from jax_encdec.cli import plan as command
 from jax_encdec.errors import EncDecError, InputError
-from jax_encdec.training import chips, hlo
+from jax_encdec.training import chips, hlo, plan_compile
 from jax_encdec.training import plan as planning
 from jax_encdec.training.config import ExecutionConfig
 from jax_encdec.training.optimizer_config import Group, OptimizerConfig
@@ -89,6 +90,11 @@ def test_fsdp_gathers_parameters_and_needs_less_on_more_chips(planner):
         assert large.memory[part] < small.memory[part], part
     assert large.needed < small.needed
     assert large.flops == small.flops
+    # Over the square of 16, TPUs' compiler has no reduce-scatter, and the plan says so.
+    assert "reduce-scatter" in kinds(small)
+    assert not small.notes
+    whole = any("summed whole" in note for note in large.notes)
+    assert whole == ("reduce-scatter" not in kinds(large))
 
 
 @pytest.mark.xdist_group("plan")
@@ -135,6 +141,79 @@ def test_what_cannot_be_planned_is_said_and_the_planner_lives_on(planner, change
     state = planner.plan(request(), compile=False)
     assert state.collectives is None
     assert state.needed == sum(state.memory[k] for k in ("parameters", "moments", "average"))
+
+
+# The process that compiles ------------------------------------------------------------------------
+
+
+def test_a_compiler_that_takes_too_long_breaks_or_is_left_alone_ends(installed):
+    slow, dead = Planner(request(), timeout=0.01), Planner(request())
+    with slow, pytest.raises(InputError, match=r"compiling for v5e:4x4 took more than 0 s"):
+        slow.plan(request())
+    with dead:
+        dead.process.kill()
+        with pytest.raises(InputError, match=r"ended without an answer \(exit code -9"):
+            dead.plan(request())
+    with Planner(request()) as planner:
+        with pytest.raises(InputError, match="made for effort 'low'"):
+            planner.plan(request(effort="full"))
+        assert planner.process.stdin is not None
+        planner.process.stdin.close()  # whoever asks is gone
+        assert planner.process.wait(60) == 0
+
+
+# GPUs, without their compiler ---------------------------------------------------------------------
+
+
+def test_every_gpu_is_described_to_its_compiler(monkeypatch):
+    seen: list[dict[str, Any]] = []
+
+    def described(**options):
+        seen.append(options)
+        return SimpleNamespace(devices=())
+
+    monkeypatch.setattr(plan_compile.topologies, "get_topology_desc", described)
+    assert set(plan_compile.gpu_names()) <= set(chips.GPUS)
+    for name in plan_compile.gpu_names():
+        plan_compile._gpus(name, 8)
+    assert {options["topology"] for options in seen} == {"1x1x8"}
+    text = dict(zip(plan_compile.gpu_names(), (o["target_config"] for o in seen), strict=True))
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in text["h100"]
+    assert "core_count: 132 fpus_per_core: 128" in text["h100"]
+    assert "core_count: 108 fpus_per_core: 64" in text["a100"]
+    assert f"device_memory_size: {int(chips.GPUS['l4'].memory)}" in text["l4"]
+
+
+def test_whether_a_gpu_s_memory_suffices_is_our_own_sum(monkeypatch):
+    """Its compiler does not say. Here, devices are this machine's, and its answer is made up."""
+    import jax
+
+    monkeypatch.setattr(plan_compile, "_gpus", lambda name, count: jax.devices()[:count])
+    asked = request("fsdp=8", topology="l4:8")
+    answer = plan_compile.answer_to(asked.to_json(compile=False))
+    assert answer["mesh"]["fsdp"] == 8
+    state = sum(answer["memory"][name] for name in ("parameters", "moments", "average"))
+    sizes = {"arguments": state + 100, "results": 20, "program": 3}
+    gathered = {"kind": "all-gather", "across_slices": False, "count": 1, "bytes": 8, "sent": 7}
+    for free, fits, warned in (
+        (2**30, True, False),
+        (20 * 2**30, True, True),
+        (2**35, False, False),
+    ):
+        compiled = {"compiled": sizes | {"temporaries": free}, "collectives": [gathered]}
+        plan = planning._plan(asked, answer | compiled)
+        assert plan.needed == state + 100 + 20 + 3 + free
+        assert plan.usable == int(0.92 * chips.GPUS["l4"].memory)
+        assert plan.fits == fits
+        assert any("XLA_PYTHON_CLIENT_MEM_FRACTION" in note for note in plan.notes) == warned
+        assert plan.bound is not None
+        assert ("DOES NOT FIT" in command.text(plan)) != fits
+
+
+def test_without_cuda_s_plugin_one_sentence_names_the_packages(monkeypatch):
+    monkeypatch.setattr(planning, "_has", lambda module: False)
+    with pytest.raises(InputError, match="pip install jax-cuda12-plugin jax-cuda12-pjrt"):
+        Planner(request(topology="h100:8"))
 
 
 # Without a compiler -------------------------------------------------------------------------------
