@@ -9,6 +9,9 @@ Ours is what `make_train_step` and `make_optimizer` give; PyTorch's is the model
 with its default attention, gradients clipped and AdamW, fused or foreach, whichever proves faster.
 Losses are compared, so that both are known to do the same work. Two threads, pinned, and a check
 of how quiet the machine is, as in `decode.py`.
+
+Both sides have the same memory allocator: by default with freed memory kept, as `jax-encdec train`
+has it (PyTorch gains by it as well); with `--allocator default`, as the system comes.
 """
 
 from __future__ import annotations
@@ -23,12 +26,17 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from decode import SIZES, THREADS, VOCAB, processor, quietness
+from decode_machine import THREADS, processor, quietness
 
+SIZES = {"small": (256, 4, 4), "base": (768, 12, 12)}
+"""Width, layers, heads."""
+VOCAB = 30522
 SOURCE, TARGET = 128, 64
 BATCH = {"small": 8, "base": 4}
 STEPS = {"small": 8, "base": 2}
@@ -36,13 +44,13 @@ STEPS = {"small": 8, "base": 2}
 RATE, DECAY, CLIP = 1e-4, 0.01, 1.0
 
 
-def make_pair(size: str, dropout: float, folder: Path) -> None:
-    """Save a random pair that both sides open."""
+def make_pair(dropout: float, folder: Path, shape: tuple[int, int, int]) -> None:
+    """Save a random pair of this width, layers and heads, that all sides open."""
     import jax
 
     from jax_encdec import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-    width, layers, heads = SIZES[size]
+    width, layers, heads = shape
     part = BertConfig(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -159,16 +167,20 @@ def open_ours(folder: str, size: str, *, scan_layers: bool):
     return run, about
 
 
-SIDES = {
+SIDES: dict[str, Callable[..., Any]] = {
     "pytorch": open_torch,
-    "ours": lambda folder, size: open_ours(folder, size, scan_layers=False),
-    "scanned": lambda folder, size: open_ours(folder, size, scan_layers=True),
+    "ours": partial(open_ours, scan_layers=False),
+    "scanned": partial(open_ours, scan_layers=True),
 }
 
 
-def work(side: str, folder: str, size: str, pipe) -> None:
+def work(opener: Callable[..., Any], arguments: tuple, kept: bool, pipe) -> None:
     """A process of one side: answers (first step, count) with what they took and lost."""
-    run, about = SIDES[side](folder, size)
+    if kept:
+        from jax_encdec.training.host_memory import keep_freed_memory
+
+        keep_freed_memory()
+    run, about = opener(*arguments)
     pipe.send(about)
     while (asked := pipe.recv()) is not None:
         first, count = asked
@@ -185,13 +197,16 @@ def work(side: str, folder: str, size: str, pipe) -> None:
 
 
 class Side:
-    """A live process of one side."""
+    """A live process of one side: `opener(*arguments)` gives its step and what is to be told."""
 
-    def __init__(self, side: str, folder: str, size: str):
+    def __init__(self, opener: Callable[..., Any], *arguments: Any, kept: bool = False):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=work, args=(side, folder, size, other), daemon=True)
+        self.process = context.Process(
+            target=work, args=(opener, arguments, kept, other), daemon=True
+        )
         self.process.start()
+        other.close()  # so that a side that dies is noticed
         self.about = self.pipe.recv()
 
     def run(self, first: int, count: int) -> dict:
@@ -203,22 +218,28 @@ class Side:
         self.process.join()
 
 
-def measure(size: str, names: list[str], rounds: int, dropout: float) -> dict:
+def alternate(sides: dict[str, Side], rounds: int, steps: int) -> dict[str, list[dict]]:
+    """What each round of each side took, side after side; a first round that warms up included."""
+    runs: dict[str, list[dict]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            runs[name].append(side.run(i * steps, steps))
+    for side in sides.values():
+        side.close()
+    return runs
+
+
+def measure(size: str, names: list[str], rounds: int, dropout: float, kept: bool) -> dict:
     """All sides at one size."""
     steps = STEPS[size]
     with tempfile.TemporaryDirectory() as folder:
         maker = multiprocessing.get_context("spawn").Process(
-            target=make_pair, args=(size, dropout, Path(folder))
+            target=make_pair, args=(dropout, Path(folder), SIZES[size])
         )
         maker.start()
         maker.join()
-        sides = {name: Side(name, folder, size) for name in names}
-        runs: dict[str, list[dict]] = {name: [] for name in names}
-        for i in range(rounds + 1):  # the first warms up
-            for name, side in sides.items():
-                runs[name].append(side.run(i * steps, steps))
-        for side in sides.values():
-            side.close()
+        sides = {name: Side(SIDES[name], folder, size, kept=kept) for name in names}
+        runs = alternate(sides, rounds, steps)
     losses = {name: [x for run in runs[name] for x in run["losses"]] for name in names}
     result: dict[str, Any] = {
         "size": size,
@@ -267,6 +288,7 @@ def main() -> None:
     parser.add_argument("--sides", default="pytorch,ours", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--allocator", default="kept", choices=("kept", "default"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -276,6 +298,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "threads": THREADS,
+        "allocator": args.allocator,
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("jax", "flax", "torch", "transformers", "jax_encdec")},
         "environment": {
@@ -287,7 +310,8 @@ def main() -> None:
     }
     report["results"] = []
     for size in args.sizes.split(","):
-        report["results"].append(measure(size, names, args.rounds, args.dropout))
+        kept = args.allocator == "kept"
+        report["results"].append(measure(size, names, args.rounds, args.dropout, kept))
         print(lines(report["results"][-1]), flush=True)
     report["wall_over_processor_time_after"] = quietness()
     noise = max(report["wall_over_processor_time_before"], report["wall_over_processor_time_after"])

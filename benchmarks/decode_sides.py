@@ -1,0 +1,252 @@
+"""Whom the decoding benchmark compares, each in a process of its own that stays alive.
+
+All read the same random model from the same folder: a BERT2BERT (`bert`) for PyTorch Transformers,
+a BART (`bart`) for CTranslate2, which knows no BERT2BERT; PyTorch runs both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from decode_machine import THREADS
+
+NEW_TOKENS = 64
+VOCAB = 30522
+START, END, PAD = 101, 102, 0
+SHAPES = {"small": (256, 4, 4), "base": (768, 12, 12)}  # width, layers, heads
+Cell = tuple[int, int, int]
+"""Source length, batch, beams."""
+Run = Callable[[Any, Any, int], list[list[int]]]
+"""(source ids [B, S], mask [B, S], beams) -> sequences."""
+
+
+def source(length: int, batch: int):
+    """Source tokens and mask, `[batch, length]`."""
+    import numpy as np
+
+    rng = np.random.default_rng(batch)
+    return rng.integers(1000, VOCAB, (batch, length)), np.ones((batch, length), np.int64)
+
+
+def make(family: str, size: str, folder: Path) -> None:
+    """Save a random model that all sides open."""
+    import jax
+
+    from jax_encdec import BartConfig, BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    width, layers, heads = SHAPES[size]
+    ids: dict[str, Any] = {
+        "decoder_start_token_id": START,
+        "pad_token_id": PAD,
+        "eos_token_id": END,
+    }
+    if family == "bert":
+        part: Any = BertConfig(
+            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=4 * width,
+        )  # fmt: skip
+    else:
+        part = BartConfig(
+            vocab_size=VOCAB, d_model=width, encoder_layers=layers, decoder_layers=layers,
+            encoder_attention_heads=heads, decoder_attention_heads=heads,
+            encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, forced_eos_token_id=None,
+            bos_token_id=START, **ids,
+        )  # fmt: skip
+    config = EncoderDecoderConfig(encoder=part, decoder=part, whole=family == "bart", **ids)
+    model = EncoderDecoderModel(config)
+    model.save_pretrained(folder, model.init_params(jax.random.key(0)))
+
+
+def convert(folder: Path) -> None:
+    """Write what CTranslate2 reads, float32 and int8, beside the model."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Words:
+        """Of CTranslate2's converter, all it asks of a tokenizer."""
+
+        bos_token, eos_token, unk_token = (f"t{i}" for i in (START, END, 100))
+
+        def get_vocab(self) -> dict[str, int]:
+            return {f"t{i}": i for i in range(VOCAB)}
+
+        def convert_ids_to_tokens(self, i: int) -> str:
+            return f"t{i}"
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *_: Any, **__: Any) -> Any:
+            return Words()
+
+        def load_model(self, *arguments: Any, **options: Any) -> Any:
+            model = super().load_model(*arguments, **options)
+            model.config.normalize_before = False  # It asks for what BART's files no longer say.
+            return model
+
+    for kind in ("float32", "int8"):
+        Converter(str(folder)).convert(str(folder / f"ctranslate2-{kind}"), quantization=kind)
+
+
+def open_ours(folder: str, mode: str) -> Run:
+    """jax_encdec; with bfloat16, weights are stored so and sums are made in float32."""
+    from jax_encdec import EncoderDecoderModel
+
+    model, params = EncoderDecoderModel.from_pretrained(folder)
+    prepared: dict[int, Any] = {}
+
+    def weights(rows: int) -> Any:
+        nonlocal params
+        if mode == "float32":
+            return params
+        if rows not in prepared:
+            prepared.clear()
+            if params is None:
+                params = EncoderDecoderModel.from_pretrained(folder)[1]
+            prepared[rows] = model.prepare(params, rows=rows, precision=mode)
+            params = None  # Once they are prepared, they may go.
+        return prepared[rows]
+
+    def run(ids, mask, beams):
+        return model.generate(
+            weights(len(ids) * beams),
+            ids,
+            attention_mask=mask,
+            num_beams=beams,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+        ).sequences.tolist()
+
+    return run
+
+
+def open_pytorch(folder: str, mode: str) -> Run:
+    """PyTorch Transformers."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(THREADS)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import json
+
+    bart = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "bart"
+    kind = transformers.BartForConditionalGeneration if bart else transformers.EncoderDecoderModel
+    model = kind.from_pretrained(folder, dtype=getattr(torch, mode)).eval()
+
+    def run(ids, mask, beams):
+        with torch.inference_mode():
+            return model.generate(
+                input_ids=torch.tensor(ids),
+                attention_mask=torch.tensor(mask),
+                num_beams=beams,
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+            ).tolist()
+
+    return run
+
+
+def open_ctranslate2(folder: str, mode: str) -> Run:
+    """CTranslate2."""
+    import ctranslate2
+
+    translator = ctranslate2.Translator(
+        str(Path(folder) / f"ctranslate2-{mode}"),
+        device="cpu",
+        compute_type=mode,
+        inter_threads=1,
+        intra_threads=THREADS,
+    )
+
+    def run(ids, mask, beams):
+        rows = [[f"t{i}" for i in row] for row in ids.tolist()]
+        found = translator.translate_batch(
+            rows,
+            beam_size=beams,
+            max_batch_size=0,
+            min_decoding_length=NEW_TOKENS,
+            max_decoding_length=NEW_TOKENS,
+            max_input_length=0,
+        )
+        return [[START, *(int(token[1:]) for token in row.hypotheses[0])] for row in found]
+
+    return run
+
+
+OPENERS = {"ours": open_ours, "pytorch": open_pytorch, "ctranslate2": open_ctranslate2}
+SIDES = {
+    "ours": ("ours", "float32"),
+    "ours-bf16": ("ours", "bfloat16"),
+    "pytorch": ("pytorch", "float32"),
+    "pytorch-bf16": ("pytorch", "bfloat16"),
+    "ctranslate2": ("ctranslate2", "float32"),
+    "ctranslate2-int8": ("ctranslate2", "int8"),
+}
+RUNS = {
+    "bert": ("ours", "ours-bf16", "pytorch", "pytorch-bf16"),
+    "bart": ("ours", "ours-bf16", "pytorch", "ctranslate2", "ctranslate2-int8"),
+}
+
+
+class Side:
+    """A live process of one side."""
+
+    def __init__(self, name: str, folder: Path, cache: Path | None = None):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        began = time.perf_counter()
+        self.process = context.Process(
+            target=_work, args=(name, str(folder), cache and str(cache), other), daemon=True
+        )
+        self.process.start()
+        other.close()
+        self._receive()
+        self.loaded = time.perf_counter() - began
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def run(self, cell: Cell) -> tuple[float, list[list[int]], float]:
+        """Seconds, sequences, and the process's peak memory so far in MiB."""
+        self.pipe.send(cell)
+        return self._receive()
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(None)
+        self.process.join()
+
+    def _receive(self) -> Any:
+        try:
+            found = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"a process died: exit code {self.process.exitcode}") from None
+        if isinstance(found, str):
+            raise SystemExit(found)
+        return found
+
+
+def _work(name: str, folder: str, cache: str | None, pipe: Any) -> None:
+    """Answer cells with (seconds, sequences, peak MiB), after saying that the model is loaded."""
+    opener, mode = SIDES[name]
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true" if cache else "false"
+    if cache:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    try:
+        run = OPENERS[opener](folder, mode)
+        pipe.send(None)
+        while (cell := pipe.recv()) is not None:
+            length, batch, beams = cell
+            ids, mask = source(length, batch)
+            began = time.perf_counter()
+            sequences = run(ids, mask, beams)
+            seconds = time.perf_counter() - began
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            pipe.send((seconds, sequences, peak))
+    except Exception as error:
+        pipe.send(f"{name} failed: {type(error).__name__}: {error}")
