@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax_encdec.decoding.config import GenerationConfig as GenerationConfig
     from jax_encdec.decoding.engine import GenerationOutput as GenerationOutput
+    from jax_encdec.decoding.export import export as export
+    from jax_encdec.decoding.exported import load_exported as load_exported
+    from jax_encdec.decoding.sharded import shard_params as shard_params
     from jax_encdec.encoder_decoder import EncoderDecoderModel as EncoderDecoderModel
     from jax_encdec.encoder_decoder import EncoderOutput as EncoderOutput
     from jax_encdec.encoder_decoder import Seq2SeqLMOutput as Seq2SeqLMOutput
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from jax_encdec.errors import ConfigError as ConfigError
     from jax_encdec.errors import EncDecError as EncDecError
     from jax_encdec.errors import InputError as InputError
+    from jax_encdec.execution import Execution as Execution
     from jax_encdec.families.bart import BartConfig as BartConfig
     from jax_encdec.families.bert import BertConfig as BertConfig
     from jax_encdec.families.gpt2 import GPT2Config as GPT2Config
@@ -28,12 +32,16 @@ if TYPE_CHECKING:
     from jax_encdec.pipeline import Text2TextPipeline as Text2TextPipeline
     from jax_encdec.tokenization import Tokenizer as Tokenizer
     from jax_encdec.tokenization import TokenizerPair as TokenizerPair
+    from jax_encdec.training.sharding import make_mesh as make_mesh
 
 __version__ = "0.1.0"
 
 _HOME = {
     "GenerationConfig": "decoding.config",
     "GenerationOutput": "decoding.engine",
+    "export": "decoding.export",
+    "load_exported": "decoding.exported",
+    "shard_params": "decoding.sharded",
     "EncoderDecoderModel": "encoder_decoder",
     "EncoderOutput": "encoder_decoder",
     "Seq2SeqLMOutput": "encoder_decoder",
@@ -42,7 +50,9 @@ _HOME = {
     "ConfigError": "errors",
     "EncDecError": "errors",
     "InputError": "errors",
+    "Execution": "execution",
     "Text2TextPipeline": "pipeline",
+    "make_mesh": "training.sharding",
     "Tokenizer": "tokenization",
     "TokenizerPair": "tokenization",
 }

@@ -4,7 +4,7 @@ Axis letters: B batch, Q query positions, S key positions, N heads, G key/value 
 per key/value head (N = G R), H head_dim, D model.
 
 The same function serves training (Q = target length), prompts and decoding: there, the beams of a
-row are its query axis, and keys and values are a pool of slots `[B, G, S, H]` in which a boolean
+row are its query axis, and keys and values are a pool of S slots (`Cache`) in which a boolean
 mask `[B, Q, S]` picks what each query may see. Keys and values of the encoder can be computed
 once (`keys_values`) and passed in.
 """
@@ -21,7 +21,16 @@ import numpy as np
 from jax_encdec.attention_kernels import Visible, fused_attention
 from jax_encdec.config import Attention, BucketBias, Learned, RelativeTable, Rotary
 from jax_encdec.execution import DEFAULT, Execution, constrain
-from jax_encdec.layers import Param, Params, dense, dense_params, dropout, norm, norm_params
+from jax_encdec.layers import (
+    Param,
+    Params,
+    dense,
+    dense_each,
+    dense_params,
+    dropout,
+    norm,
+    norm_params,
+)
 
 
 class KV(NamedTuple):
@@ -29,6 +38,32 @@ class KV(NamedTuple):
 
     key: jax.Array
     value: jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values that few queries at a time read, each laid out for the product it enters.
+
+    Measured on CPU with 4 beams: a third to a quarter of the time that `KV` takes.
+    """
+
+    key: jax.Array
+    """`[B, G, H, S]`."""
+    value: jax.Array
+    """`[B, G, S, H]`."""
+
+    @classmethod
+    def of(cls, kv: KV) -> Cache:
+        """The same keys and values."""
+        return cls(jnp.swapaxes(kv.key, 2, 3), kv.value)
+
+    def write(self, new: KV, slot: jax.Array) -> Cache:
+        """With `new` keys and values from `slot` on."""
+        zero = jnp.zeros((), jnp.int32)  # all of one type, also where integers default to 64 bits
+        update = jax.lax.dynamic_update_slice
+        return Cache(
+            update(self.key, jnp.swapaxes(new.key, 2, 3), (zero, zero, zero, slot)),
+            update(self.value, new.value, (zero, zero, slot, zero)),
+        )
 
 
 # Masks and positions -----------------------------------------------------------------------------
@@ -226,6 +261,18 @@ def keys_values(
 ) -> KV:
     """Project states `[B, S, D]` to keys and values `[B, G, S, H]`."""
     key, value = dense(params["key"], states), dense(params["value"], states)
+    return _keys_values(config, params, key, value, positions, execution)
+
+
+def _keys_values(
+    config: Attention,
+    params: Params,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array | None,
+    execution: Execution,
+) -> KV:
+    """Keys and values `[B, G, S, H]` from projections `[B, S, G, H]`."""
     if config.qk_norm is not None:
         key = norm(config.qk_norm, params["key_norm"], key)
     if config.rotary is not None and positions is not None:
@@ -236,13 +283,37 @@ def keys_values(
     return KV(key, value)
 
 
+def queries_keys_values(
+    config: Attention,
+    params: Params,
+    states: jax.Array,
+    positions: jax.Array | None,
+    execution: Execution = DEFAULT,
+) -> tuple[jax.Array, KV]:
+    """Project states `[B, S, D]` to queries `[B, S, N, H]`, for `attend`, and keys and values."""
+    query, key, value = dense_each(params, ("query", "key", "value"), states)
+    query = _query(config, params, query, positions)
+    return query, _keys_values(config, params, key, value, positions, execution)
+
+
+def _query(
+    config: Attention, params: Params, query: jax.Array, positions: jax.Array | None
+) -> jax.Array:
+    if config.qk_norm is not None:
+        query = norm(config.qk_norm, params["query_norm"], query)
+    if config.rotary is not None and positions is not None:
+        query = rotate(config.rotary, query, positions)
+    return query
+
+
 def attend(
     config: Attention,
     params: Params,
     x: jax.Array,
-    kv: KV,
+    kv: KV | Cache,
     *,
     visible: Visible,
+    query: jax.Array | None = None,
     bias: jax.Array | None = None,
     relative: Relative | None = None,
     positions: jax.Array | None = None,
@@ -257,6 +328,7 @@ def attend(
     Args:
         visible: who may attend to whom. A row that hides everything averages values, so that it
             stays finite.
+        query: of `queries_keys_values`, where it is known already.
         bias: added to the scores, broadcastable to `[B, N, Q, S]`.
         relative: for disentangled attention.
         positions: `[B|1, Q]`, for rotary embeddings.
@@ -267,11 +339,8 @@ def attend(
         The output `[B, Q, D]` and the attention weights `[B, N, Q, S]` (float32, before dropout),
         which only the `dense` kernel has.
     """
-    query = dense(params["query"], x)
-    if config.qk_norm is not None:
-        query = norm(config.qk_norm, params["query_norm"], query)
-    if config.rotary is not None and positions is not None:
-        query = rotate(config.rotary, query, positions)
+    if query is None:
+        query = _query(config, params, dense(params["query"], x), positions)
     query = constrain(execution, query, "act_batch", "act_length", "act_heads", None)
     scale = config.head_dim**-0.5 if config.scale is None else config.scale
     scale = scale / (layer + 1) if config.scale_by_layer else scale
@@ -293,7 +362,7 @@ def _dense_attention(
     config: Attention,
     params: Params,
     query: jax.Array,
-    kv: KV,
+    kv: KV | Cache,
     mask: jax.Array | None,
     bias: jax.Array | None,
     relative: Relative | None,
@@ -305,9 +374,10 @@ def _dense_attention(
     b, q, n, h = query.shape
     g = config.groups
     query = query.reshape(b, q, g, n // g, h)
-    scores = jnp.einsum("bqgrh,bgsh->bgrqs", query, kv.key, preferred_element_type=jnp.float32)
+    scores = _scores(query, kv)
     if config.disentangled:
         assert relative is not None
+        assert isinstance(kv, KV)
         scores = scores + _position_scores(config, params, query, kv.key, relative)
     scores = scores * scale
     if config.softcap is not None:
@@ -318,8 +388,29 @@ def _dense_attention(
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1)
     mixed = dropout(weights, dropout_rate, dropout_key).astype(kv.value.dtype)
-    y = jnp.einsum("bgrqs,bgsh->bqgrh", mixed, kv.value).reshape(b, q, n, h)
-    return y, weights.reshape(b, n, q, -1)
+    return _mix(mixed, kv).reshape(b, q, n, h), weights.reshape(b, n, q, -1)
+
+
+def _scores(query: jax.Array, kv: KV | Cache) -> jax.Array:
+    """Products of queries `[B, Q, G, R, H]` with keys: float32 `[B, G, R, Q, S]`."""
+    if isinstance(kv, KV):
+        return jnp.einsum("bqgrh,bgsh->bgrqs", query, kv.key, preferred_element_type=jnp.float32)
+    b, q, g, r, h = query.shape
+    rows = jnp.moveaxis(query, 1, 3).reshape(b, g, r * q, h)
+    scores = jax.lax.dot_general(
+        rows, kv.key, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    )
+    return scores.reshape(b, g, r, q, -1)
+
+
+def _mix(weights: jax.Array, kv: KV | Cache) -> jax.Array:
+    """Values averaged by weights `[B, G, R, Q, S]`: `[B, Q, G, R, H]`."""
+    if isinstance(kv, KV):
+        return jnp.einsum("bgrqs,bgsh->bqgrh", weights, kv.value)
+    b, g, r, q, s = weights.shape
+    rows = weights.reshape(b, g, r * q, s)
+    y = jax.lax.dot_general(rows, kv.value, (((3,), (2,)), ((0, 1), (0, 1))))
+    return jnp.moveaxis(y.reshape(b, g, r, q, -1), 3, 1)
 
 
 def _position_scores(

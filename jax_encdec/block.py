@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_encdec import attention as attn
-from jax_encdec.attention import KV
+from jax_encdec.attention import KV, Cache
 from jax_encdec.attention_kernels import Visible, platform, resolve_attention
 from jax_encdec.config import Attention, Block, Convolution, FeedForward, TransformerConfig
 from jax_encdec.execution import Execution, constrain
-from jax_encdec.layers import Params, activation, dense, dropout, norm
+from jax_encdec.layers import Params, activation, dense, dense_each, dropout, norm
 
-LayerCache = Mapping[str, KV]
+LayerCache = Mapping[str, Cache]
 """Keys and values of one layer, by sublayer name."""
 
 
@@ -82,10 +82,10 @@ def run_block(
         h = x if sub.before is None else norm(sub.before, p["norm_before"], x)
         keys = [call.key(1 + number, 3 * i + j) for j in range(3)]
         if isinstance(sub.f, Attention):
-            kv = _keys_values(call, sub.f, p, h, cache.get(sub.name))
-            if cache:
+            query, kv = _project(call, sub.f, p, h, cache.get(sub.name))
+            if isinstance(kv, Cache):
                 cache[sub.name] = kv
-            y, weights[sub.name] = _attend(call, sub.f, p, h, kv, number, keys[1])
+            y, weights[sub.name] = _attend(call, sub.f, p, h, query, kv, number, keys[1])
         elif isinstance(sub.f, Convolution):
             y = _convolve(call, sub.f, p, start, keys[1])
         else:
@@ -104,24 +104,22 @@ def run_block(
     return x, trace, cache
 
 
-def _keys_values(
-    call: Call, config: Attention, params: Params, h: jax.Array, cached: KV | None
-) -> KV:
+def _project(
+    call: Call, config: Attention, params: Params, h: jax.Array, cached: Cache | None
+) -> tuple[jax.Array | None, KV | Cache]:
+    """Queries, where they come of the same states as keys and values; keys and values."""
     if config.source == "encoder":
         if cached is not None:
-            return cached
+            return None, cached
         assert call.encoder_states is not None
         states = call.encoder_states.astype(h.dtype)
-        return attn.keys_values(config, params, states, None, call.execution)
+        return None, attn.keys_values(config, params, states, None, call.execution)
+    h = h if cached is None else _rows_of(cached, h)
+    query, new = attn.queries_keys_values(config, params, h, call.positions, call.execution)
     if cached is None:
-        return attn.keys_values(config, params, h, call.positions, call.execution)
-    new = attn.keys_values(config, params, _rows_of(cached, h), call.positions)
+        return query, new
     assert call.cache_slot is not None
-    zero = jnp.zeros((), jnp.int32)  # all of one type, also where integers default to 64 bits
-    start = (zero, zero, call.cache_slot, zero)
-    return KV(
-        *(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cached, new, strict=True))
-    )
+    return query, cached.write(new, call.cache_slot)
 
 
 def _attend(
@@ -129,7 +127,8 @@ def _attend(
     config: Attention,
     params: Params,
     h: jax.Array,
-    kv: KV,
+    query: jax.Array | None,
+    kv: KV | Cache,
     number: jax.Array | int,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -155,13 +154,16 @@ def _attend(
         relative = relative._replace(table=dropout(relative.table, rate, own))
     kernel = _kernel(call, config, h, kv, key)
 
-    def attend(params: Params, kv: KV, visible: Visible) -> tuple[jax.Array, jax.Array | None]:
+    def attend(
+        params: Params, query: jax.Array | None, kv: KV | Cache, visible: Visible
+    ) -> tuple[jax.Array, jax.Array | None]:
         y, weights = attn.attend(
             config,
             params,
             _rows_of(kv, h),
             kv,
             visible=visible,
+            query=query,
             bias=bias if config.bucket_bias else None,
             relative=relative,
             positions=None if cross else call.positions,
@@ -173,18 +175,20 @@ def _attend(
         )
         return y.reshape(h.shape), weights
 
-    y, weights = attend(params, kv, near)
+    y, weights = attend(params, query, kv, near)
     if chosen is None:
         return y, weights
     params = attn.global_params(params)
     own = attn.keys_values(config, params, h, call.positions, call.execution)
-    everywhere, theirs = attend(params, own, seen)
+    everywhere, theirs = attend(params, None, own, seen)
     if weights is not None and theirs is not None:
         weights = jnp.where(chosen[:, None, :, None], theirs, weights)
     return jnp.where(chosen[:, :, None], everywhere, y), weights
 
 
-def _kernel(call: Call, config: Attention, h: jax.Array, kv: KV, key: jax.Array | None) -> str:
+def _kernel(
+    call: Call, config: Attention, h: jax.Array, kv: KV | Cache, key: jax.Array | None
+) -> str:
     """The attention kernel for queries from `h` `[B, Q, D]`."""
     if call.cache_slot is not None:
         return "dense"  # few queries against a pool of slots
@@ -201,7 +205,7 @@ def _kernel(call: Call, config: Attention, h: jax.Array, kv: KV, key: jax.Array 
     ).name
 
 
-def _rows_of(kv: KV, h: jax.Array) -> jax.Array:
+def _rows_of(kv: KV | Cache, h: jax.Array) -> jax.Array:
     """States `[B, Q, D]` by the rows that own the keys: the same, or `[B * Q, 1, D]` for lanes."""
     return h.reshape(kv.key.shape[0], -1, h.shape[-1])
 
@@ -209,8 +213,12 @@ def _rows_of(kv: KV, h: jax.Array) -> jax.Array:
 def _feed_forward(
     call: Call, config: FeedForward, params: Params, h: jax.Array, key: jax.Array | None
 ) -> jax.Array:
-    up, act = dense(params["up"], h), activation(config.activation)
-    y = act(dense(params["gate"], h)) * up if config.gated else act(up)
+    act = activation(config.activation)
+    if config.gated:
+        gate, up = dense_each(params, ("gate", "up"), h)
+        y = act(gate) * up
+    else:
+        y = act(dense(params["up"], h))
     y = constrain(call.execution, y, "act_batch", "act_length", "act_mlp")
     return dense(params["down"], dropout(y, call.config.dropout.activation, key))
 

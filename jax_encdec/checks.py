@@ -44,10 +44,9 @@ def _check_range(name: str, values: np.ndarray, size: int, also: int | None = No
 
 def check_array(name: str, x: Any) -> Any:
     """`x` as an array (a list of equal rows will do)."""
-    if isinstance(x, jax.Array | np.ndarray):
-        return jnp.asarray(x)
     try:
-        return jnp.asarray(np.asarray(x))
+        # Not `jnp.asarray`, which compiles something for each shape it has not seen.
+        return x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
     except (TypeError, ValueError):
         raise InputError(f"{name} must be an array, with rows of one length") from None
 

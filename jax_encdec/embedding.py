@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_encdec.attention import learned_positions
 from jax_encdec.config import Sinusoidal, TransformerConfig
+from jax_encdec.dense_kernels import Kernel
 from jax_encdec.execution import DEFAULT, Execution, constrain
 from jax_encdec.layers import (
     Param,
@@ -143,9 +144,11 @@ def logits(
     """The language model head: states `[B, Q, D]` -> float32 logits `[B, Q, V]`."""
     assert config.head is not None
     states, kernel, bias = head_inputs(config, params, states)
-    y = jnp.einsum(
-        "bqd,vd->bqv", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
-    )
+    if isinstance(kernel, Kernel):
+        (y,) = kernel.product(states, dtype=jnp.float32)
+    else:
+        kernel = kernel.astype(states.dtype)
+        y = jnp.einsum("bqd,vd->bqv", states, kernel, preferred_element_type=jnp.float32)
     y = y if bias is None else y + bias.astype(jnp.float32)
     y = (
         y
@@ -157,8 +160,11 @@ def logits(
 
 def head_inputs(
     config: TransformerConfig, params: Params, states: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What meets in the head: transformed states `[B, Q, W]`, a kernel `[V, W]`, a bias `[V]`."""
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """What meets in the head: transformed states `[B, Q, W]`, a kernel `[V, W]`, a bias `[V]`.
+
+    In the layout of inference the kernel may be a `Kernel` from W to V.
+    """
     head, p = config.head, params.get("head", {})
     assert head is not None
     if head.transform is not None:
@@ -167,4 +173,5 @@ def head_inputs(
     states = states * jnp.asarray(head.scale, states.dtype)
     bias = p["bias"] if head.bias != "none" else None
     bias = jax.lax.stop_gradient(bias) if head.bias == "fixed" else bias
-    return states, params["embedding"]["token"] if head.tied else p["kernel"], bias
+    kernel = params["embedding"]["token"] if head.tied else p.get("kernel")
+    return states, p.get("logits", kernel), bias

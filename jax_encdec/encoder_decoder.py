@@ -41,8 +41,12 @@ from jax_encdec.transformer import TransformerOutput, transformer
 
 if TYPE_CHECKING:
     import pathlib
+    from collections.abc import Iterator
 
     from jax_encdec.decoding.engine import GenerationOutput
+    from jax_encdec.decoding.layout import PreparedParams
+    from jax_encdec.decoding.streaming import StreamPiece
+    from jax_encdec.scoring import ScoreOutput
 
 
 @flax.struct.dataclass
@@ -462,11 +466,37 @@ class EncoderDecoderModel(nn.Module):
         return resolve_ids(name, self.generation_config, self.config)[0]
 
     @nn.nowrap
+    def prepare(self, params: Params, **options: Any) -> PreparedParams:
+        """Parameters in the layout of inference, which `generate` takes instead: a pure function;
+        see `jax_encdec.decoding.layout.prepare_params`."""
+        from jax_encdec.decoding.layout import prepare_params
+
+        return prepare_params(self.config, params, **options)
+
+    @nn.nowrap
     def generate(self, params: Params, input_ids: Any = None, **options: Any) -> GenerationOutput:
         """Generate target sequences; see `jax_encdec.decoding.engine.generate`."""
         from jax_encdec.decoding.engine import generate
 
         return generate(self, params, input_ids, **options)
+
+    @nn.nowrap
+    def stream(
+        self, params: Params, input_ids: Any = None, **options: Any
+    ) -> Iterator[StreamPiece]:
+        """Generate, yielding tokens as they are decided; see `jax_encdec.decoding.streaming`."""
+        from jax_encdec.decoding.streaming import stream
+
+        return stream(self, params, input_ids, **options)
+
+    @nn.nowrap
+    def score(
+        self, params: Params, source_ids: Any = None, target_ids: Any = None, **options: Any
+    ) -> ScoreOutput:
+        """Log-probabilities of given targets; see `jax_encdec.scoring.score`."""
+        from jax_encdec.scoring import score
+
+        return score(self, params, source_ids, target_ids, **options)
 
     @nn.nowrap
     def save_pretrained(self, folder: str | pathlib.Path, params: Params, **options: Any) -> None:

@@ -12,30 +12,54 @@ Axis letters: B batch, S source length, R returned sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_encdec import hub
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import InputError, nearest
-from jax_encdec.tokenization import Tokenizer, TokenizerPair
+from jax_encdec.file_generation import (
+    Batch,
+    FileResult,
+    bar,
+    batches,
+    fitting_size,
+    run_batches,
+    run_settings,
+    write_predictions,
+)
+from jax_encdec.prediction_files import PredictionFile, Printed, check_output
+from jax_encdec.text_files import Record, TextFile
+from jax_encdec.text_streaming import pieces
+from jax_encdec.tokenization import Tokenizer, TokenizerPair, bucket_length
 
 DEFAULT_BATCH_SIZE = 16
 _UNLIMITED = 2**31 - 1
-_ARGUMENTS = ("batch_size", "truncation", "progress", "key", "generation_config")
+_ARGUMENTS = (
+    "batch_size",
+    "truncation",
+    "progress",
+    "key",
+    "generation_config",
+    "restart",
+    "chunk",
+)
 
 
 class TextError(InputError):
-    """One text of a list that cannot be used: `index` says which, `reason` why."""
+    """One text of a list that cannot be used: `index` says which, `reason` why.
 
-    def __init__(self, index: int, reason: str):
-        super().__init__(f"text {index} {reason}")
+    Of a text of a file, `where` is the file and the line.
+    """
+
+    def __init__(self, index: int, reason: str, where: str | None = None):
+        super().__init__(f"{where or f'text {index}'} {reason}")
         self.index = index
         self.reason = reason
 
@@ -45,7 +69,8 @@ class Text2TextPipeline:
 
     Attributes:
         model: static.
-        params: its parameters, placed where the computation is to happen.
+        params: its parameters, placed where the computation is to happen; or what `model.prepare`
+            made of them.
         tokenizers: of the source and the target side.
     """
 
@@ -122,25 +147,146 @@ class Text2TextPipeline:
             InputError: an option that cannot be used.
         """
         single = isinstance(texts, str)
-        settings = self._settings(generation_config, options)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a positive integer; got {batch_size!r}")
-        if settings.do_sample and key is None:
-            raise InputError("do_sample=True needs a random key: pass key=jax.random.key(seed)")
-        if not settings.do_sample:
-            key = None
+        settings, key = self._settings(generation_config, options, batch_size, key)
         rows = self.encode([texts] if isinstance(texts, str) else texts, truncation=truncation)
-        results: list[Any] = [None] * len(rows)
         # The longest first: what does not fit into memory fails at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with _bar(len(rows), progress) as bar:
-            for batch in _batches(order, batch_size):
-                found = self._generate([rows[i] for i in batch], batch, settings, key)
-                results_of = dict(zip(batch, found, strict=True))  # Dummy rows repeat a real one.
-                for i, made in results_of.items():
-                    results[i] = made
-                bar.update(len(results_of))
+        cut = batches(order, fitting_size(len(rows), batch_size))
+        made = (Batch(numbers, [rows[i] for i in numbers]) for numbers in cut)
+        results: list[Any] = [None] * len(rows)
+        with bar(len(rows), 0, progress) as shown:
+            for _, found, _ in run_batches(self, made, settings, key):
+                for i, made_of_it in found.items():
+                    results[i] = made_of_it if len(made_of_it) > 1 else made_of_it[0]
+                shown.update(len(found))
         return results[0] if single else results
+
+    def stream(
+        self,
+        text: str,
+        *,
+        chunk: int = 4,
+        truncation: bool = False,
+        key: jax.Array | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Generate from one text, and yield the result piece by piece, as soon as it is certain.
+
+        The pieces together are what `__call__` returns. With beams, a piece is certain when all
+        beams that can still win agree on it.
+
+        Args:
+            text: the source.
+            chunk: decoding steps between two pieces; fewer bring them sooner and cost a little.
+            others: as in `__call__`.
+
+        Raises:
+            TextError, InputError: as in `__call__`; also for several returned sequences.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"stream takes one text, a str; got {type(text).__name__}")
+        settings, key = self._settings(generation_config, options, 1, key)
+        if (settings.num_return_sequences or 1) > 1:
+            raise InputError(
+                f"streaming yields one text; got num_return_sequences="
+                f"{settings.num_return_sequences}"
+            )
+        inputs = self._inputs(self.encode([text], truncation=truncation), [0], settings, key)
+        made = self.model.stream(self.params, chunk=chunk, **inputs)
+        return pieces(self.tokenizers.target, (piece.tokens[0] for piece in made))
+
+    def generate_file(
+        self,
+        input: str | Path,
+        output: str | Path,
+        *,
+        source_column: str | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        truncation: bool = False,
+        restart: bool = False,
+        progress: bool = False,
+        key: jax.Array | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> FileResult:
+        """Generate from every text of a file, of any size, into another, in the same order.
+
+        The input is streamed and never held. Until all is done, what there is stands in
+        `OUTPUT.partial`, with a journal beside it; whenever the process dies, the same call goes on
+        where it was, and what comes out in the end is the same.
+
+        Args:
+            input: lines of text, .jsonl, .csv or .tsv.
+            output: .jsonl, .csv, .tsv or .txt.
+            source_column: field of the input's objects or rows; None: "source", or else "text".
+            batch_size: texts generated from at a time.
+            truncation: cut sources that are too long; without it the first one ends the run, and
+                the same call with truncation=True goes on.
+            restart: begin anew where an earlier call did not finish.
+            progress: show a bar on standard error: texts and tokens per second, time left.
+            key, generation_config, **options: as in `__call__`; text i is the i-th of the file.
+
+        Raises:
+            TextError: a text is too long, or not in the model's vocabulary.
+            InputError: an option that cannot be used; a malformed line, before anything is run; an
+                unfinished output that was begun with another model, options or input.
+        """
+        source = TextFile(input, source_column)
+        check_output(output)
+        return self.generate_records(
+            source,
+            output,
+            batch_size=batch_size,
+            truncation=truncation,
+            restart=restart,
+            total=sum(1 for _ in source),  # And all lines are well-formed.
+            progress=progress,
+            key=key,
+            generation_config=generation_config,
+            **options,
+        )
+
+    def generate_records(
+        self,
+        source: Iterable[Record],
+        output: str | Path | Printed,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        truncation: bool = False,
+        restart: bool = False,
+        total: int | None = None,
+        progress: bool = False,
+        key: jax.Array | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> FileResult:
+        """As `generate_file`, from texts of any origin, or to a stream.
+
+        Args:
+            source: texts, and where each stands; the same at every call.
+            output: a file, or `Printed(stream)`, which keeps nothing.
+            total: the number of texts, for the bar.
+            others: as in `generate_file`.
+        """
+        settings, key = self._settings(generation_config, options, batch_size, key)
+        if isinstance(output, Printed):
+            opened: Any = contextlib.nullcontext(output)
+        else:
+            begun_with = run_settings(self, settings, batch_size, key)
+            opened = PredictionFile(output, begun_with, restart=restart)
+        with opened as sink:
+            return write_predictions(
+                self,
+                source,
+                sink,
+                settings=settings,
+                batch_size=batch_size,
+                truncation=truncation,
+                key=key,
+                total=total,
+                progress=progress,
+            )
 
     def encode(self, texts: Sequence[str], *, truncation: bool = False) -> list[list[int]]:
         """Tokenize sources and check that the model can take them; arguments as in `__call__`."""
@@ -185,66 +331,81 @@ class Text2TextPipeline:
         )
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def _settings(
-        self, config: GenerationConfig | None, options: dict[str, Any]
-    ) -> GenerationConfig:
-        for name in options:
-            hint = nearest(name, _ARGUMENTS)
-            if name not in GenerationConfig.__dataclass_fields__ and hint:
-                raise InputError(f"the pipeline has no argument {name!r}{hint}")
-        return (config or self.model.generation_config).replace(**options)
+    def encode_records(
+        self, records: Sequence[Record], *, truncation: bool = False
+    ) -> list[list[int]]:
+        """As `encode`; what is wrong with a text is said with where it stands."""
+        try:
+            return self.encode([record.text for record in records], truncation=truncation)
+        except TextError as error:
+            where = records[error.index].where
+            raise TextError(error.index, error.reason, where) from None
 
-    def _generate(
+    def run(
         self,
         rows: Sequence[Sequence[int]],
         numbers: Sequence[int],
         settings: GenerationConfig,
         key: jax.Array | None,
-    ) -> list[Any]:
-        """Generate from token rows, the `numbers`-th of the whole input; one result per row."""
-        position = self.model.config.encoder_trunk.embedding.position
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Generate from token rows, the `numbers`-th of the whole input.
+
+        Returns:
+            Sequences `[B * R, length]` and their lengths `[B * R]`, on the host.
+        """
+        out = self.model.generate(self.params, **self._inputs(rows, numbers, settings, key))
+        return np.asarray(out.sequences), np.asarray(out.lengths)
+
+    def _inputs(
+        self,
+        rows: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        settings: GenerationConfig,
+        key: jax.Array | None,
+    ) -> dict[str, Any]:
+        """The model's arguments, padded to a length of the ladder."""
+        trunk = self.model.config.encoder_trunk
+        position = trunk.embedding.position
         # Hidden, so that any id would do; but some position tables count what is no pad.
         pad = position.pad_token_id if position and position.pad_token_id else 0
-        longest = max(map(len, rows))
-        input_ids = np.full((len(rows), longest), pad, np.int32)  # [B, S]
+        length = bucket_length(max(map(len, rows)), limit=trunk.max_length)
+        input_ids = np.full((len(rows), length), pad, np.int32)  # [B, S]
         mask = np.zeros_like(input_ids)
         for b, ids in enumerate(rows):
             input_ids[b, : len(ids)] = ids
             mask[b, : len(ids)] = 1
         if key is not None:
-            key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.uint32))
-        out = self.model.generate(
-            self.params, input_ids, attention_mask=mask, generation_config=settings, key=key
-        )
-        sequences, lengths = np.asarray(out.sequences), np.asarray(out.lengths)
-        texts = [
-            decode(self.tokenizers.target, ids[:length])
-            for ids, length in zip(sequences, lengths, strict=True)
-        ]
-        returned = len(texts) // len(rows)
-        if returned == 1:
-            return texts
-        return [texts[b * returned : (b + 1) * returned] for b in range(len(rows))]
+            places = np.asarray(numbers, np.uint32)
+            key = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "key": key}
+        if settings.stop_strings:  # Found in tokens by how they are spelled.
+            inputs["tokenizer"] = self.tokenizers.target
+        return inputs | {"generation_config": settings}
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of generated ids; rows of the vocabulary no token has (padding) say nothing."""
+        return decode(self.tokenizers.target, ids)
+
+    def _settings(
+        self,
+        config: GenerationConfig | None,
+        options: dict[str, Any],
+        batch_size: Any,
+        key: jax.Array | None,
+    ) -> tuple[GenerationConfig, jax.Array | None]:
+        """The options, complete and checked as far as they can be here; and the key if needed."""
+        for name in options:
+            hint = nearest(name, _ARGUMENTS)
+            if name not in GenerationConfig.__dataclass_fields__ and hint:
+                raise InputError(f"the pipeline has no argument {name!r}{hint}")
+        settings = (config or self.model.generation_config).replace(**options)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a positive integer; got {batch_size!r}")
+        if settings.do_sample and key is None:
+            raise InputError("do_sample=True needs a random key: pass key=jax.random.key(seed)")
+        return settings, key if settings.do_sample else None
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """Text of generated ids; rows of the vocabulary that no token has (padding) say nothing."""
     return tokenizer.decode(ids[ids < tokenizer.vocab_size])
-
-
-def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Cut `order` into batches of one size, the last filled up by repeating its last member.
-
-    A few texts alone make a batch of a power of two, not a whole one.
-    """
-    if len(order) < size:
-        size = min(size, 1 << (len(order) - 1).bit_length()) if order else 1
-    for start in range(0, len(order), size):
-        batch = list(order[start : start + size])
-        yield batch + batch[-1:] * (size - len(batch))
-
-
-def _bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="text", disable=not shown)

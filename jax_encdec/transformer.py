@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_encdec import attention as attn
-from jax_encdec.attention import KV
+from jax_encdec.attention import KV, Cache
 from jax_encdec.attention_kernels import Visible
 from jax_encdec.block import Call, LayerCache, Trace, run_block
 from jax_encdec.config import Attention, Block, Segment, TransformerConfig
@@ -157,7 +157,7 @@ def _run(
     for i, segment in enumerate(config.segments):
         period, size = params[f"segment_{i}"], len(segment.blocks)
         stacked = isinstance(period, Mapping)
-        if stacked and call.execution.scan_layers:
+        if stacked and call.execution.scan_layers and caches is None:
             x, ys = _scan(call, segment, period, x, first)
             traces += [
                 jax.tree.map(lambda leaf, r=r: leaf[r], ys[j])
@@ -248,10 +248,10 @@ def init_caches(
                         continue
                     if sub.f.source == "encoder":
                         p = period[f"block_{j}"][sub.name]
-                        cache[sub.name] = attn.keys_values(sub.f, p, encoder_states, None)
+                        cache[sub.name] = Cache.of(attn.keys_values(sub.f, p, encoder_states, None))
                     else:
                         empty = jnp.zeros((pools, sub.f.groups, slots, sub.f.head_dim), dtype)
-                        cache[sub.name] = KV(empty, empty)
+                        cache[sub.name] = Cache.of(KV(empty, empty))
                 caches.append(cache)
     return tuple(caches)
 

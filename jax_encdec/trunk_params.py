@@ -98,10 +98,11 @@ def _sublayer_params(config: TransformerConfig, sub: Sublayer) -> dict[str, Any]
 
 
 def unstack(config: TransformerConfig, params: Params) -> dict[str, Any]:
-    """Turn each segment's stacked leaves into a tuple of per-repeat trees."""
+    """Turn each segment's stacked leaves into a tuple of per-repeat trees, where they are not."""
     out = dict(params)
     for i, segment in enumerate(config.segments):
-        out[f"segment_{i}"] = split_layers(segment, params[f"segment_{i}"])
+        period = params[f"segment_{i}"]
+        out[f"segment_{i}"] = period if isinstance(period, tuple) else split_layers(segment, period)
     return out
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_pairs
+from commands import call, refused
 
 from jax_encdec import EncoderDecoderModel, GenerationConfig, Text2TextPipeline
 from jax_encdec.cli import main
 from jax_encdec.cli.convert import size
-from jax_encdec.cli.generate import generation_fields, read_texts
+from jax_encdec.cli.generation_options import HELP, generation_fields
 from jax_encdec.cli.inspect import amount, describe, parameter_counts
 from jax_encdec.convert.convert import convert
 from jax_encdec.convert.readers import TensorInfo, open_tensors, write_safetensors
 from jax_encdec.errors import InputError
+from jax_encdec.text_files import read_texts
 
 TEXTS = list(tiny_pairs.texts(4))
 
@@ -41,21 +43,6 @@ def copy(folder, tmp_path) -> Path:
     """A copy to be damaged, without the digests that would notice."""
     ignored = shutil.ignore_patterns("SHA256SUMS")
     return Path(shutil.copytree(folder, tmp_path / "copy", ignore=ignored))
-
-
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *arguments) -> str:
-    """The one sentence with which the arguments are refused."""
-    code, out, err = call(capsys, *arguments)
-    assert code == 2, (out, err)
-    assert not out
-    assert err.startswith("jax-encdec: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def shell(*arguments, **options) -> subprocess.CompletedProcess:
@@ -117,6 +104,20 @@ def test_files_of_every_kind_go_in_and_out(folder, predictions, tmp_path, capsys
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
+def test_a_prediction_is_printed_while_it_is_made(folder, predictions, capsys):
+    code, out, err = call(capsys, "generate", "--model", folder, TEXTS[0], "--stream")
+    assert (code, out, err) == (0, predictions[0] + "\n", "")
+
+
+def test_weights_of_half_the_bytes(folder, capsys):
+    code, out, err = call(capsys, "generate", "--model", folder, *TEXTS, "--precision", "bfloat16")
+    assert (code, err) == (0, "")
+    model, params = EncoderDecoderModel.from_pretrained(folder)
+    prepared = model.prepare(params, rows=4, precision="bfloat16")
+    pipe = Text2TextPipeline(model, prepared, tiny_pairs.tokenizers())
+    assert out.splitlines() == pipe(TEXTS)
+
+
 def test_options_reach_the_search_and_seeds_repeat(folder, capsys):
     flags = ["--do-sample", "--top-k", "5", "--num-return-sequences", "2"]
     flags += ["--bad-words-ids", "[[7]]", "--no-repeat-ngram-size", "2"]
@@ -141,10 +142,9 @@ def test_every_generation_option_is_a_flag_with_a_help(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     names = {f.name for f in dataclasses.fields(GenerationConfig)} - {"extra"}
+    names = {name for name in names if not name.startswith("output_")}  # nothing for a file
     assert {f.name for f in generation_fields()} == names
-    from jax_encdec.cli.generate import _HELP
-
-    assert set(_HELP) == names
+    assert set(HELP) == names
     assert all("--" + name.replace("_", "-") in text for name in names)
 
 
@@ -193,6 +193,8 @@ def test_standard_input_and_a_reader_that_leaves(folder, predictions):
         (["generate", "--model", "M", "a", "--input", "f.txt"], "texts or --input, not both"),
         (["generate", "--model", "M", "a", "--output", "o.xml"], "must end in .jsonl"),
         (["generate", "--model", "M", "a", "--output", "no/o.txt"], "cannot be written: No such"),
+        (["generate", "--model", "M", "a", "--restart"], "--restart needs an --output"),
+        (["generate", "--model", "M", "a", "b", "--stream"], "the prediction of one TEXT"),
         (["generate", "--model", "M", "--input", "absent.txt"], "absent.txt: No such file"),
         (["generate", "--model", "./M", "a"], "./M: no such file or folder"),
         (["generate", "--model", "org/m", "a", "--offline"], "org/m is not in the cache"),

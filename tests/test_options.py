@@ -8,11 +8,29 @@ import random
 import jax
 import numpy as np
 import pytest
-from oracle import as_torch, assert_same_tokens, from_torch, source_batch, torch, torch_pair
+from oracle import (
+    as_torch,
+    assert_same_tokens,
+    clone,
+    from_torch,
+    source_batch,
+    torch,
+    torch_pair,
+)
+from scipy.special import softmax
 from scipy.stats import chisquare
 
-PAIRS = (("bert", "bert"), ("roberta", "gpt2"), ("bert", "bart"))
-STRUCTURES, DRAWS = 10, 7  # 3 pairs x 10 structures x 7 draws of their numbers: 210 option sets
+PAIRS = (
+    ("bert", "bert"),
+    ("roberta", "gpt2"),
+    ("bert", "bart"),
+    ("gpt2", "bert"),
+    ("bart", "gpt2"),
+)
+# A structure compiles once; the numbers are drawn anew: 5 pairs x 12 sets, and in the exhaustive
+# run x 100.
+FEW = {"structures": (0, 1, 4), "draws": 4}
+ALL = {"structures": range(10), "draws": 10}
 
 
 @functools.cache
@@ -25,35 +43,81 @@ def token(rng):
     return rng.randrange(3, 50)
 
 
+def words(rng, *lengths):
+    return [[token(rng) for _ in range(n)] for n in lengths]
+
+
 # What switches an option on, and draws its numbers.
 OPTIONS = {
     "min_length": lambda r: {"min_length": r.randrange(2, 12)},
     "min_new_tokens": lambda r: {"min_new_tokens": r.randrange(2, 10)},
-    "no_repeat_ngram_size": lambda r: {"no_repeat_ngram_size": r.choice([2, 3])},
-    "encoder_no_repeat_ngram_size": lambda r: {"encoder_no_repeat_ngram_size": r.choice([2, 3])},
+    "no_repeat_ngram_size": lambda r: {"no_repeat_ngram_size": r.choice([1, 2, 3])},
+    "encoder_no_repeat_ngram_size": lambda r: {"encoder_no_repeat_ngram_size": r.choice([1, 2, 3])},
     "repetition_penalty": lambda r: {"repetition_penalty": r.choice([0.7, 1.3, 2.0])},
-    "bad_words_ids": lambda r: {"bad_words_ids": [[token(r)], [token(r), token(r)]]},
+    "encoder_repetition_penalty": lambda r: {"encoder_repetition_penalty": r.choice([0.7, 1.5])},
+    "bad_words_ids": lambda r: {"bad_words_ids": words(r, 1, 2, 2)},
+    "sequence_bias": lambda r: {
+        "sequence_bias": [[word, r.uniform(-3, 3)] for word in words(r, 1, 1, 2, 2, 3)]
+    },
     "forced_bos_token_id": lambda r: {"forced_bos_token_id": token(r)},
     "forced_eos_token_id": lambda r: {"forced_eos_token_id": 2},
+    "exponential_decay_length_penalty": lambda r: {
+        "exponential_decay_length_penalty": (r.randrange(6), r.choice([0.9, 1.1, 1.5]))
+    },
     "suppress_tokens": lambda r: {"suppress_tokens": [token(r), token(r)]},
     "begin_suppress_tokens": lambda r: {"begin_suppress_tokens": [token(r), 2]},
     "eos_token_id": lambda r: {"eos_token_id": [2, token(r), token(r)]},
+    "renormalize_logits": lambda r: {"renormalize_logits": True},
+    "remove_invalid_values": lambda r: {"remove_invalid_values": True},
+    "prefix_allowed_tokens_fn": lambda r: {"prefix_allowed_tokens_fn": spoken(words(r, *[6] * 9))},
+}
+DRAWN = {
+    "temperature": lambda r: {"temperature": r.uniform(0.5, 2.0)},
+    "top_k": lambda r: {"top_k": r.choice([1, 5, 20])},
+    "top_p": lambda r: {"top_p": r.uniform(0.3, 0.99)},
+    "min_p": lambda r: {"min_p": r.uniform(0.01, 0.3)},
+    "typical_p": lambda r: {"typical_p": r.uniform(0.3, 0.95)},
+    "epsilon_cutoff": lambda r: {"epsilon_cutoff": r.uniform(0.001, 0.05)},
+    "eta_cutoff": lambda r: {"eta_cutoff": r.uniform(0.001, 0.05)},
+    "top_h": lambda r: {"top_h": r.uniform(0.3, 1.0)},
 }
 
 
-def option_sets(seed):
+def spoken(sequences):
+    """A rule that allows the beginnings of `sequences`, and then their first tokens again."""
+    first = sorted({sequence[0] for sequence in sequences})
+
+    def allowed(row, ids):
+        said = ids.tolist()[1:]
+        found = {s[len(said)] for s in sequences if s[: len(said)] == said and len(said) < len(s)}
+        return sorted(found | {2}) if said and said[-1] != 2 else first
+
+    return allowed
+
+
+def option_sets(seed, draws, sample):
     """One structure, several draws of its numbers."""
     rng = random.Random(seed)
-    names = rng.sample(sorted(OPTIONS), rng.randrange(1, 5))
-    beams = rng.choice([1, 2, 3, 4, 5])
+    names = rng.sample(sorted(OPTIONS), rng.randrange(2, 6))
+    beams = rng.choice([1, 1, 2, 4] if sample else [1, 2, 3, 4, 5, 8])
+    if sample and "prefix_allowed_tokens_fn" in names:
+        names.remove("prefix_allowed_tokens_fn")  # the prompt is not among what is allowed
+    if beams > 1 and {"forced_bos_token_id", "forced_eos_token_id"} & set(names):
+        # What is forced leaves but one beam: the others, of no probability, are anybody's guess.
+        names = [name for name in names if name != "remove_invalid_values"]
+    drawn = rng.sample(sorted(DRAWN), rng.randrange(1, 5)) if sample else []
     returned = rng.randrange(1, beams + 1)
-    for _ in range(DRAWS):
+    for _ in range(draws):
         options = {"num_beams": beams, "max_new_tokens": rng.randrange(8, 15)}
         for name in names:
             options |= OPTIONS[name](rng)
         if "min_length" in options or "min_new_tokens" in options:
             options["max_new_tokens"] = 15
-        if beams > 1:
+        if sample:
+            options |= {"do_sample": True, "top_k": 0}
+            for name in drawn:
+                options |= DRAWN[name](rng)
+        elif beams > 1:
             options |= {
                 "num_return_sequences": returned,
                 "length_penalty": rng.choice([-1.0, 0.0, 0.6, 1.0, 2.0]),
@@ -62,23 +126,97 @@ def option_sets(seed):
         yield options
 
 
+def check_sets(names, structures, draws):
+    """Compare option sets of a pair with the oracle; return how many, and which were near-ties."""
+    oracle, model, params = pair(names)
+    count, ties = 0, []
+    for structure in structures:
+        sample = structure % 5 == 4
+        batch = 1 + structure % 5
+        whole = source_batch(np.random.default_rng(structure), batch, length=11)
+        for options in option_sets(f"{names} {structure}", draws, sample):
+            ids, mask = whole
+            if options.keys() & {"encoder_no_repeat_ngram_size", "encoder_repetition_penalty"}:
+                # The oracle counts pads as source tokens, and fails on ids the target has not.
+                ids, mask = np.minimum(ids, 52), np.ones_like(mask)
+            note = f"{names} structure {structure}: {options}"
+            check = same_distribution if sample else assert_same_tokens
+            try:
+                found = check(oracle, model, params, ids, mask, **options)
+            except AssertionError as error:
+                if not explained(oracle, model, params, ids, mask, options):
+                    raise AssertionError(note) from error
+                found = 1
+            ties += [note] * bool(found)
+            count += 1
+    return count, ties
+
+
+def explained(oracle, model, params, ids, mask, options):
+    """Whether the oracle itself, in float64, says what we say: it was a near-tie."""
+    if options.get("do_sample"):
+        return False
+    with torch.no_grad():
+        exact = clone(oracle).double().generate(
+            input_ids=as_torch(ids), attention_mask=as_torch(mask), do_sample=False, **options
+        ).numpy()  # fmt: skip
+    ours = model.generate(params, ids, attention_mask=mask, **options)
+    pairs = zip(np.asarray(ours.sequences), np.asarray(ours.lengths), exact, strict=True)
+    return all(np.array_equal(a[:length], b[:length]) for a, length, b in pairs)
+
+
+def same_distribution(oracle, model, params, ids, mask, **options):
+    """After a random prompt, what is drawn from has the oracle's probabilities to 1e-6.
+
+    Returns 1 when a token stands so near a cut that float32 decides whether it stays.
+    """
+    batch = len(ids)
+    prompt = np.random.default_rng(batch).integers(3, 50, (batch, 6)).astype(np.int32)
+    prompt[:, 0] = 0
+    options |= {"max_new_tokens": 2, "min_length": min(options.get("min_length", 0), 7)}
+    options |= {"min_new_tokens": 1} if "min_new_tokens" in options else {}
+    with torch.no_grad():
+        theirs = oracle.generate(
+            input_ids=as_torch(ids),
+            attention_mask=as_torch(mask),
+            decoder_input_ids=as_torch(prompt),
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        ).scores[0]
+    ours = model.generate(
+        params,
+        ids,
+        attention_mask=mask,
+        decoder_input_ids=prompt,
+        output_scores=True,
+        key=jax.random.key(0),
+        **options,
+    )
+    scores = np.asarray(ours.scores)[:, prompt.shape[1]].astype(np.float64)
+    a, b = softmax(scores, -1), softmax(theirs.double().numpy(), -1)
+    cut = np.isneginf(scores) != np.isneginf(theirs.numpy())
+    if not cut.any():
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        return 0
+    raise AssertionError(f"{cut.sum()} tokens are cut by one of them only")
+
+
+def report(names, found):
+    count, ties = found
+    print(f"{names}: {count} option sets, {len(ties)} near-ties", *ties, sep="\n  ")
+    return len(ties) / count
+
+
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_random_option_sets(names):
-    oracle, model, params = pair(names)
-    ties = 0
-    for structure in range(STRUCTURES):
-        batch = 1 + structure % 5
-        ids, mask = source_batch(np.random.default_rng(structure), batch, length=11)
-        for options in option_sets(f"{names} {structure}"):
-            if "encoder_no_repeat_ngram_size" in options:
-                # The oracle counts pads as n-grams, and fails on ids the target has not.
-                ids, mask = np.minimum(ids, 52), np.ones_like(mask)
-            try:
-                ties += assert_same_tokens(oracle, model, params, ids, mask, **options)
-            except AssertionError as error:
-                raise AssertionError(f"{names} structure {structure}: {options}") from error
-    print(f"{names}: {ties} near-ties")
-    assert ties <= 2
+    assert report(names, check_sets(names, **FEW)) <= 0.1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_five_hundred_random_option_sets(names):
+    assert report(names, check_sets(names, **ALL)) <= 0.03
 
 
 SAMPLING = (

@@ -127,6 +127,37 @@ def test_options_that_cannot_be_used_are_refused(pipe, options, message):
         pipe(TEXTS[:2], **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "chunk": 1},
+        {"do_sample": True, "key": jax.random.key(5), "chunk": 1},
+        {"stop_strings": "apr", "chunk": 3},
+    ],
+    ids=["greedy", "beams", "sampling", "stop"],
+)
+def test_a_text_is_streamed_as_it_is_decided(pipe, options):
+    plain = {name: value for name, value in options.items() if name != "chunk"}
+    count = 0
+    for text in TEXTS[2:5]:
+        said = list(pipe.stream(text, **options))
+        assert "".join(said) == pipe(text, **plain)
+        assert all(said)
+        count += len(said)
+    if "do_sample" in options:  # Beams that never agree say all at the end.
+        assert count > 6
+
+
+def test_what_cannot_be_streamed_is_refused_at_once(pipe):
+    with pytest.raises(InputError, match="one text, a str; got list"):
+        pipe.stream(TEXTS)
+    with pytest.raises(InputError, match="streaming yields one text; got num_return_sequences=2"):
+        pipe.stream(TEXTS[0], num_beams=2, num_return_sequences=2)
+    with pytest.raises(TextError, match="has 62 tokens"):
+        pipe.stream("1 " * 60)
+
+
 def test_progress_goes_to_standard_error(pipe, capsys):
     pipe(TEXTS[:3], progress=True, batch_size=4)
     out, err = capsys.readouterr()

@@ -119,6 +119,60 @@ ALONE = {
     },
     "top_k and top_p": {"do_sample": True, "top_k": 12, "top_p": 0.8},
     "top_k 1 with beams": {"do_sample": True, "top_k": 1, "num_beams": 2},
+    "sequence_bias": {
+        "sequence_bias": [
+            [[3], 2.5],
+            [[1, 2], -3.0],
+            [[4, 2], 1.5],
+            [[2, 30], 9.0],
+            [[1, 5, 6], 2.0],
+            [[5, 6], -1.0],
+            [[3], -4.0],
+            *([[i, 31], 1.0 + i] for i in range(7)),
+        ]
+    },
+    "encoder_repetition_penalty up": {"encoder_repetition_penalty": 1.7},
+    "encoder_repetition_penalty down": {"encoder_repetition_penalty": 0.6},
+    "exponential_decay_length_penalty": {
+        "exponential_decay_length_penalty": (4, 1.3),
+        "eos_token_id": [9, 4],
+    },
+    "exponential_decay_length_penalty of a banned token": {
+        "exponential_decay_length_penalty": (0, 1.3),
+        "eos_token_id": [9, 4],
+        "bad_words_ids": [[1, 4], [5, 4]],
+        "min_length": 9,
+    },
+    "remove_invalid_values": {"remove_invalid_values": True, "no_repeat_ngram_size": 1},
+    "renormalize_logits": {"renormalize_logits": True, "suppress_tokens": [3, 5]},
+    "renormalize_logits of samples": {
+        "renormalize_logits": True,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 7,
+    },
+    "top_h": {"do_sample": True, "top_k": 0, "top_h": 0.4},
+    "top_h with beams": {"do_sample": True, "top_h": 0.1, "num_beams": 3},
+    "min_p": {"do_sample": True, "top_k": 0, "min_p": 0.1},
+    "min_p with beams": {"do_sample": True, "top_k": 0, "min_p": 0.9, "num_beams": 2},
+    "typical_p": {"do_sample": True, "top_k": 0, "typical_p": 0.6},
+    "typical_p after top_k": {"do_sample": True, "top_k": 8, "typical_p": 0.8},
+    "typical_p, tiny, with beams": {
+        "do_sample": True,
+        "top_k": 0,
+        "typical_p": 1e-4,
+        "num_beams": 2,
+        "eos_token_id": [3, 4],
+    },
+    "epsilon_cutoff": {"do_sample": True, "top_k": 0, "epsilon_cutoff": 0.03},
+    "epsilon_cutoff with beams": {
+        "do_sample": True,
+        "top_k": 0,
+        "epsilon_cutoff": 0.9,
+        "num_beams": 2,
+    },
+    "eta_cutoff": {"do_sample": True, "top_k": 0, "eta_cutoff": 0.05},
+    "eta_cutoff with beams": {"do_sample": True, "eta_cutoff": 0.9, "num_beams": 2},
 }
 
 
@@ -167,7 +221,30 @@ def random_options(rng) -> dict:
         options |= {"do_sample": True, "temperature": float(rng.uniform(0.5, 2))}
         options["top_k"] = int(rng.choice([0, 1, 5, 20, 50]))
         options["top_p"] = float(rng.choice([0.3, 0.9, 0.99, 1.0]))
+        for name, values in SAMPLING.items():
+            if maybe(0.3):
+                options[name] = float(rng.choice(values))
+    if maybe(0.3):
+        options["sequence_bias"] = [
+            [rng.integers(0, 7, size=n).tolist(), float(rng.normal())] for n in (1, 1, 2, 2, 3)
+        ]
+    if maybe(0.3):
+        options["encoder_repetition_penalty"] = float(rng.uniform(0.5, 2))
+    if maybe(0.3):
+        start, factor = int(rng.integers(0, 9)), float(rng.uniform(0.8, 1.5))
+        options["exponential_decay_length_penalty"] = (start, factor)
+    options["remove_invalid_values"] = maybe(0.2)
+    options["renormalize_logits"] = maybe(0.2)
     return options
+
+
+SAMPLING = {
+    "min_p": (0.01, 0.1, 0.5),
+    "typical_p": (0.2, 0.7, 0.95),
+    "epsilon_cutoff": (0.001, 0.02),
+    "eta_cutoff": (0.001, 0.02),
+    "top_h": (0.3, 0.7, 1.0),
+}
 
 
 def check_chain(seed: int, draws: int):
@@ -222,7 +299,7 @@ def test_top_p_among_candidates_equals_top_p_of_the_whole_vocabulary(p):
     scores = (np.round(16 * rng.normal(size=(3, 2, 500))) / 4).astype(np.float32)
     config = GenerationConfig(do_sample=True, top_k=30, top_p=p)
     spec, values = split(config, vocab_size=500)
-    assert spec.top_k == 64
+    assert spec.top_k_candidates == 64
     got = np.asarray(PREPARED(spec, values, scores, random_context(rng, 3, 2, 4)))
     flat = torch.tensor(scores).flatten(0, 1)
     expected = warpers.TopPLogitsWarper(p)(None, warpers.TopKLogitsWarper(30)(None, flat))

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax_encdec
 from jax_encdec.errors import EncDecError, InputError, nearest
 
-COMMANDS = ("demo", "train", "evaluate", "plan", "generate", "inspect", "convert")
+COMMANDS = ("demo", "train", "evaluate", "plan", "generate", "export", "inspect", "convert")
 PROGRAM = "jax-encdec"
 _MAX_MESSAGE = 2000
 
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except EncDecError as error:
             return _fail(str(error))
-        except KeyboardInterrupt:
-            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(": ".join([PROGRAM, "interrupted", *map(str, error.args)]), file=sys.stderr)
             return 130
         except BrokenPipeError:
             with contextlib.suppress(OSError, ValueError):

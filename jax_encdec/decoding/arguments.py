@@ -46,8 +46,10 @@ class Source(NamedTuple):
     states: jax.Array | None
 
 
-_ARGUMENTS = ("attention_mask", "token_type_ids", "position_ids", "global_attention_mask",
-              "encoder_outputs", "key", "decoder_input_ids", "generation_config")  # fmt: skip
+_ARGUMENTS = ("prefix_allowed_tokens_fn", "logits_processors",
+              "attention_mask", "token_type_ids", "position_ids", "global_attention_mask",
+              "encoder_outputs", "key", "decoder_input_ids", "decoder_attention_mask",
+              "generation_config", "tokenizer")  # fmt: skip
 
 
 def checked_name(name: str) -> str:
@@ -114,9 +116,9 @@ def source_arrays(
         input_ids = check_shape("input_ids", input_ids, shape)
     mask = check_shape("attention_mask", mask, shape)
     return Source(
-        input_ids=None if input_ids is None else input_ids.astype(jnp.int32),
+        input_ids=None if input_ids is None else _int32(input_ids),
         # From the host, so that no shape compiles anything.
-        mask=jnp.asarray(np.ones(shape, np.int32)) if mask is None else mask.astype(jnp.int32),
+        mask=jax.device_put(np.ones(shape, np.int32)) if mask is None else _int32(mask),
         token_type_ids=check_types(token_type_ids, shape, trunk),
         position_ids=check_positions("position_ids", position_ids, shape, trunk),
         global_mask=check_global(global_mask, shape, trunk),
@@ -150,31 +152,83 @@ def widened(x: Any, extra: int, value: int = 0) -> Any:
     """`[B, length]` -> `[B, length + extra]`, on the host, where a new length compiles nothing."""
     if x is None:
         return None
-    return jnp.asarray(np.pad(np.asarray(x), ((0, 0), (0, extra)), constant_values=value))
+    padded = np.pad(np.asarray(x), ((0, 0), (0, extra)), constant_values=value)
+    return jax.device_put(padded)
 
 
 def decoder_prompt(
-    decoder_input_ids: Any, settings: GenerationConfig, batch: int, trunk: TransformerConfig
-) -> jax.Array:
-    """The decoder prompt `[B, P]`, start token first."""
+    ids: Any, mask: Any, settings: GenerationConfig, batch: int, trunk: TransformerConfig
+) -> tuple[Any, Any]:
+    """The decoder prompts, start token first, and how long they are.
+
+    Args:
+        ids: `[B, P]`; None: the start token alone.
+        mask: `[B, P]` of 0/1, 0 at pads, which may stand on either side; None: no pads.
+
+    Returns:
+        int32 `[B, P]`, each row from its first column on, and the lengths: an int where they are
+        all the same, else int32 `[B]`.
+    """
     start = settings.decoder_start_token_id
     assert start is not None
-    opening = jnp.full((batch, 1), start, jnp.int32)
-    if decoder_input_ids is None:
-        return opening
-    given, (rows, _) = check_inputs("decoder_input_ids", decoder_input_ids, None, trunk)
+    if ids is None:
+        if mask is not None:
+            raise InputError("decoder_attention_mask without decoder_input_ids says nothing")
+        return np.full((batch, 1), start, np.int32), 1
+    given, shape = check_inputs("decoder_input_ids", ids, None, trunk)
     assert given is not None
-    if rows != batch:
-        raise InputError(f"decoder_input_ids must have the source's {batch} rows; got {rows}")
-    given = given.astype(jnp.int32)
-    if isinstance(given, Tracer):
-        return given  # Its values are unknown: it is taken as it is.
-    begins = np.asarray(given[:, 0]) == start
-    if begins.all():
-        return given
-    if begins.any():
+    if shape[0] != batch:
+        raise InputError(f"decoder_input_ids must have the source's {batch} rows; got {shape[0]}")
+    mask = check_shape("decoder_attention_mask", mask, shape)
+    given = _int32(given)
+    if isinstance(given, Tracer) or isinstance(mask, Tracer):
+        # The values are unknown: they are taken as they are.
+        if mask is None:
+            return given, shape[1]
+        order = jnp.argsort(jnp.asarray(mask) == 0, axis=1, stable=True)
+        lengths = jnp.maximum(jnp.sum(jnp.asarray(mask) != 0, axis=1, dtype=jnp.int32), 1)
+        return jnp.take_along_axis(given, order, axis=1), lengths
+    if mask is None:
+        return _opened(np.asarray(given), np.full(batch, shape[1], np.int32), start)
+    shown = np.asarray(mask) != 0
+    if (np.abs(np.diff(shown, axis=1, prepend=False, append=False)).sum(1) > 2).any():
+        raise InputError("decoder_attention_mask may hide the ends of a row, not what lies between")
+    order = np.argsort(~shown, axis=1, kind="stable")
+    lengths = shown.sum(1).astype(np.int32)
+    return _opened(np.take_along_axis(np.asarray(given), order, axis=1), lengths, start)
+
+
+def _opened(prompt: np.ndarray, lengths: np.ndarray, start: int) -> tuple[np.ndarray, Any]:
+    """Prompts `[B, P]`, `lengths [B]` of which count, that begin with the start token."""
+    told = lengths > 0
+    begins = (prompt[:, 0] == start) & told
+    if begins.any() and (begins == told).all():
+        prompt = np.where(told[:, None], prompt, start)  # A row that was told nothing.
+        lengths = np.maximum(lengths, 1)
+    elif begins.any():
         raise InputError(
             f"some rows of decoder_input_ids begin with the start token {start} and some do not; "
             f"begin all rows with it, or none"
         )
-    return jnp.concatenate([opening, given], axis=1)
+    else:
+        prompt = np.insert(prompt, 0, start, axis=1)
+        lengths = lengths + 1
+    longest = int(lengths.max())
+    same = (lengths == longest).all()
+    return np.ascontiguousarray(prompt[:, :longest]), longest if same else lengths
+
+
+def _int32(x: Any) -> Any:
+    """`x` as int32; where it is already, nothing is done or compiled."""
+    return x if x.dtype == jnp.int32 else x.astype(jnp.int32)
+
+
+def told(prompt: Any, lengths: Any) -> list[list[int]]:
+    """The decoder prompts `[B, P]` as lists, each as long as it is told to be."""
+    if isinstance(prompt, Tracer) or isinstance(lengths, Tracer):
+        raise InputError(
+            "prefix_allowed_tokens_fn as a Python function cannot be asked about traced prompts; "
+            "make tables of it before, by jax_encdec.decoding.constraints.explored"
+        )
+    each = np.broadcast_to(np.asarray(lengths), len(prompt))
+    return [row[:length].tolist() for row, length in zip(np.asarray(prompt), each, strict=True)]

@@ -1,0 +1,75 @@
+"""Compiled programs of `generate`: how many there are, and having them before they are needed.
+
+A program is compiled for a search's structure and for sizes: batch, source length, capacity. Source
+length and capacity are rounded up a ladder (`tokenization.LADDER`), so that a stream of texts of
+any lengths compiles no more programs than the ladder has rungs; numbers never compile anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jax_encdec.errors import InputError
+
+if TYPE_CHECKING:
+    from jax_encdec.encoder_decoder import EncoderDecoderModel
+
+
+class Program(NamedTuple):
+    """One compiled program of `generate`."""
+
+    batch: int
+    source_length: int
+    capacity: int
+    """Target tokens, prompt included, that it has room for."""
+    num_beams: int
+
+
+_compiled: list[Program] = []
+
+
+def note(program: Program) -> None:
+    """Count a program; called where one is traced, which happens once for each."""
+    _compiled.append(program)
+
+
+def compiled_programs() -> tuple[Program, ...]:
+    """The programs that `generate` has compiled in this process, in order.
+
+    Calls inside somebody's `jit` are part of their program and not counted.
+    """
+    return tuple(_compiled)
+
+
+def warmup(
+    model: EncoderDecoderModel, params: Any, shapes: Iterable[tuple[int, int]], **options: Any
+) -> tuple[Program, ...]:
+    """Compile what `generate` will need for sources of these shapes, and run it for one token.
+
+    Args:
+        params: as `generate` will get them.
+        shapes: pairs of batch and source length; lengths are rounded up as `generate` does.
+        **options: as `generate` will get them. Numbers may differ later, except that the room for
+            a target follows from `max_length` or `max_new_tokens`.
+
+    Returns:
+        The programs that were compiled; those that existed already are not among them.
+
+    Raises:
+        InputError: a shape that is no pair of positive numbers, or as `generate`.
+    """
+    from jax_encdec.decoding.engine import generate
+
+    # One token is enough to compile for many: the length asked for gives the room, not the end.
+    before = len(_compiled)
+    for shape in shapes:
+        if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
+            raise InputError(f"shapes are pairs (batch, source length); got {shape!r}")
+        ids = np.zeros(shape, np.int32)
+        out = generate(model, params, ids, attention_mask=np.ones_like(ids), **options)
+        jax.block_until_ready(out.sequences)
+    return tuple(_compiled[before:])
