@@ -48,7 +48,7 @@ def compiled_programs() -> tuple[Program, ...]:
 def warmup(
     model: EncoderDecoderModel, params: Any, shapes: Iterable[tuple[int, int]], **options: Any
 ) -> tuple[Program, ...]:
-    """Compile what `generate` will need for sources of these shapes, and run it for one token.
+    """Compile what `generate` will need for sources of these shapes, by generating once from each.
 
     Args:
         params: as `generate` will get them.
@@ -64,7 +64,6 @@ def warmup(
     """
     from jax_encdec.decoding.engine import generate
 
-    # One token is enough to compile for many: the length asked for gives the room, not the end.
     before = len(_compiled)
     for shape in shapes:
         if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
