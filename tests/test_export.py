@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jax_encdec import CheckpointError, InputError, Text2TextPipeline, cli, export, load_exported
 from jax_encdec.decoding import archive
 
+pytestmark = pytest.mark.xdist_group("export")  # The files are made once.
 TEXTS = list(tiny_pairs.texts(7))
 SEARCHES = {
     "greedy": {"repetition_penalty": 1.2},

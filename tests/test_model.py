@@ -253,7 +253,7 @@ REFUSED = {
         asked(decoder_input_ids=np.array([[1, 5], [5, 6], [6, 7]])),
         "some rows of decoder_input_ids begin with the start token 1",
     ),
-    "an option of later": (asked(min_p=0.1), "min_p=0.1 is not implemented"),
+    "an option that is not there": (asked(penalty_alpha=0.6), "penalty_alpha=0.6 is not"),
     "parameters of nobody": (lambda p: MODEL.generate({"encoder": p}, IDS), "do not fit"),
     "parameters that are none": (lambda p: MODEL.generate(None, IDS), "nested dict"),
     "a start outside, in the defaults": (

@@ -317,12 +317,12 @@ def test_flat_generation_options_of_2020(tmp_path):
         np.testing.assert_array_equal(ours.sequences[row, :length], theirs[row, :length])
 
 
-def test_options_of_later_are_refused_from_old_files_too(tmp_path):
+def test_options_that_are_not_there_are_refused_from_old_files_too(tmp_path):
     torch_pair("bert", "bert").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    edit_config(tmp_path, num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+    edit_config(tmp_path, penalty_alpha=0.6)
     model, params = EncoderDecoderModel.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"diversity_penalty.*not implemented"):
+    with pytest.raises(InputError, match=r"penalty_alpha.*not implemented"):
         model.generate(params, np.ones((1, 3), int), decoder_start_token_id=1)
 
 

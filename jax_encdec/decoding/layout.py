@@ -309,9 +309,8 @@ class LastPrepared:
     """
 
     def __init__(self):
-        self._leaves: list[weakref.ref[Any]] = []
-        self._key: tuple[Any, ...] = ()
-        self._prepared: PreparedParams | None = None
+        # Replaced as one, so that a thread sees an entry whole or not at all.
+        self._entry: tuple[list[weakref.ref[Any]], tuple[Any, ...], PreparedParams] | None = None
 
     def get(self, config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
         """`prepare_params`, or what it gave the last time for the very same arrays.
@@ -322,25 +321,21 @@ class LastPrepared:
         spread = any(len(getattr(leaf, "devices", set)()) > 1 for leaf in leaves)
         if spread or isinstance(params, PreparedParams):
             return checked(config, params)
-        key = (config, layout, treedef)
-        found = self._prepared
-        if (
-            found is not None
-            and key == self._key
-            and len(leaves) == len(self._leaves)
-            and all(ref() is leaf for ref, leaf in zip(self._leaves, leaves, strict=True))
-        ):
-            return found
+        key, entry = (config, layout, treedef), self._entry
+        if entry is not None:
+            refs, known, prepared = entry
+            same = key == known and len(leaves) == len(refs)
+            if same and all(ref() is leaf for ref, leaf in zip(refs, leaves, strict=True)):
+                return prepared
         self.clear()
-        found = _prepared_once(config, checked(config, params), layout)
+        prepared = _prepared_once(config, checked(config, params), layout)
         if all(isinstance(leaf, jax.Array) for leaf in leaves):
-            self._leaves = [weakref.ref(leaf, self.clear) for leaf in leaves]
-            self._key, self._prepared = key, found
-        return found
+            self._entry = [weakref.ref(leaf, self.clear) for leaf in leaves], key, prepared
+        return prepared
 
     def clear(self, _: Any = None) -> None:
         """Forget it."""
-        self._leaves, self._key, self._prepared = [], (), None
+        self._entry = None
 
 
 def _prepared_once(config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
