@@ -147,7 +147,7 @@ def _score(
             deterministic=True,
         ).last_hidden_state
 
-    found = model.apply({"params": params}, method=states)
+    found: Any = model.apply({"params": params}, method=states)
     trunk = model.config.decoder_trunk
     tokens = head_log_probs(trunk, with_aliases(model.config, params)["decoder"], found, labels,
                             chunk=chunk)  # fmt: skip

@@ -105,6 +105,9 @@ def option_sets(seed, draws, sample):
     if beams > 1 and {"forced_bos_token_id", "forced_eos_token_id"} & set(names):
         # What is forced leaves but one beam: the others, of no probability, are anybody's guess.
         names = [name for name in names if name != "remove_invalid_values"]
+    if "prefix_allowed_tokens_fn" in names:
+        # Where the end is all that is allowed, and it is too early for it, nothing is left.
+        names = [name for name in names if not name.startswith("min_")]
     drawn = rng.sample(sorted(DRAWN), rng.randrange(1, 5)) if sample else []
     returned = rng.randrange(1, beams + 1)
     for _ in range(draws):

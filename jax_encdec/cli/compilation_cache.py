@@ -14,6 +14,7 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 2 * 1024**3
 _TORN_AFTER = 60.0  # Seconds in which a program that is being written will be there.
@@ -46,13 +47,14 @@ def use_cache(args: argparse.Namespace) -> None:
     """Switch the cache on for this process, unless `--no-compilation-cache` was given."""
     import jax
 
+    config: Any = jax.config
     if not args.compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
-    if not jax.config.jax_enable_compilation_cache:
+    if not config.jax_enable_compilation_cache:
         return
     # An entry that cannot be read or written costs a compilation, and nobody's attention.
     warnings.filterwarnings("ignore", ".*persistent compilation cache", UserWarning)
-    if not jax.config.jax_compilation_cache_dir:
+    if not config.jax_compilation_cache_dir:
         folder = _own_folder()
         if folder is None:
             return

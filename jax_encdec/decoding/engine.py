@@ -13,9 +13,10 @@ Axis letters: B batch, S source length, T capacity in target tokens, K beams, R 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -197,7 +198,7 @@ def generate(
     if settings.max_time is None:
         with sharded.running(asked.params):
             # Inside somebody's trace it is a part of their program.
-            out = _generate.__wrapped__(*asked) if traced else _generate(*asked)
+            out = cast(Any, _generate).__wrapped__(*asked) if traced else _generate(*asked)
     elif traced:
         raise InputError("max_time needs a clock, which jit and vmap do not have; leave it out")
     else:
@@ -217,7 +218,7 @@ def generate(
             hidden_states=bool(settings.output_hidden_states),
             attentions=bool(settings.output_attentions),
         )
-        out = out.replace(**seen)
+        out = dataclasses.replace(out, **seen)
     return out if traced else cropped(out, source_length)
 
 
@@ -283,8 +284,9 @@ def request(
             f"max_length is {full.max_length}, but the decoder has positions for "
             f"{trunk.max_length + 1} tokens; lower max_length or max_new_tokens"
         )
-    constraint = allowed
-    if not (allowed is None or isinstance(allowed, Constraint)):
+    if allowed is None or isinstance(allowed, Constraint):
+        constraint = allowed
+    else:
         constraint = explored(
             allowed,
             told(prompt, lengths),
@@ -351,8 +353,8 @@ def cropped(out: GenerationOutput, length: int) -> GenerationOutput:
         "decoder_attentions": (None, None, longest - 1, longest - 1),
         "cross_attentions": (None, None, longest - 1, length),
     }
-    return out.replace(
-        **{name: jax.tree.map(crop(*axes), getattr(out, name)) for name, axes in seen.items()}
+    return dataclasses.replace(
+        out, **{name: jax.tree.map(crop(*axes), getattr(out, name)) for name, axes in seen.items()}
     )
 
 
@@ -370,7 +372,8 @@ def _generate(
 ) -> GenerationOutput:
     mask = source.mask
     assert mask is not None
-    note(Program(*mask.shape, spec.capacity, spec.num_beams))
+    batch, length = mask.shape
+    note(Program(batch, length, spec.capacity, spec.num_beams))
     found = search(
         step_function(config, dtype, spec, params, source.mask),
         first_state(config, dtype, spec, params, source, prompt, prompt_length),

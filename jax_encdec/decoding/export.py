@@ -253,7 +253,7 @@ def _lower(
         ids, mask = next(rest), next(rest)
         key = jax.random.wrap_key_data(next(rest), impl=impl) if settings.do_sample else None
         # What comes as an array has its processor in the program, whatever its value.
-        values = {name: next(rest) for name in numbers}
+        values: dict[str, Any] = {name: next(rest) for name in numbers}
         out = generate(
             model,
             weights,

@@ -304,7 +304,7 @@ class Exported:
             x = held.get(name)
             if x is None or (x.shape, x.dtype) != (expected.shape, expected.dtype):
                 raise self._archive.damaged(ValueError(f"the weight {name} is not as expected"))
-        made: tuple[jax.Array, ...] = ()
+        made: list[jax.Array] = []
         if layout["made"]:
             program = self._raised(
                 layout,
@@ -312,7 +312,7 @@ class Exported:
                 [_shaped(x) for x in layout["made"]],
                 range(len(layout["reads"])),
             )
-            made = jax.jit(program)(*(held[name] for name in layout["reads"]))
+            made = list(jax.jit(program)(*(held[name] for name in layout["reads"])))
         for name in layout["leaves"]:
             if isinstance(name, str) and name not in self._placed:
                 self._placed[name] = jax.device_put(held[name])

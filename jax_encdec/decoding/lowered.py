@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 
 from jax_encdec.errors import CheckpointError
 
@@ -33,7 +34,8 @@ def lower(
 def _no_locations() -> Iterator[None]:
     """Without the paths and lines of the code lowered: nobody's business, and a third of the size,
     and different from one call to the next."""
-    before = jax.config.jax_traceback_in_locations_limit
+    config: Any = jax.config
+    before = config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield

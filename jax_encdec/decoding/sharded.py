@@ -126,7 +126,7 @@ def gathered(params: Any) -> Any:
     return jax.device_put(params, jax.tree.map(sharding, params))
 
 
-def has_room(device: jax.Device, size: int) -> bool:
+def has_room(device: Any, size: int) -> bool:
     """Whether a device has so many bytes free; True where it does not tell, as CPUs."""
     memory = device.memory_stats() or {}
     return size <= memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)

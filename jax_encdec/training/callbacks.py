@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from jax_encdec.errors import ConfigError, InputError, nearest
 
 if TYPE_CHECKING:
-    from jax_encdec.training.loop import Run, TrainResult
+    from jax_encdec.training.finish import TrainResult
+    from jax_encdec.training.loop import Run
 
 EVENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end")
 

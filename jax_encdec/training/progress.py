@@ -21,7 +21,8 @@ from jax_encdec.errors import InputError
 from jax_encdec.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from jax_encdec.training.loop import Run, TrainResult
+    from jax_encdec.training.finish import TrainResult
+    from jax_encdec.training.loop import Run
 
 # The record -------------------------------------------------------------------------------------
 
