@@ -202,10 +202,10 @@ def test_the_layout_is_kept_for_the_same_arrays_only_and_not_longer_than_they():
     other = last.get(model.config, changed, layout)
     assert other is not first
     del changed
-    assert last._prepared is None  # what it was made of is gone
+    assert last._entry is None  # what it was made of is gone
     numpy = jax.tree.map(np.array, params)
     last.get(model.config, numpy, layout)
-    assert last._prepared is None  # these could change unseen
+    assert last._entry is None  # these could change unseen
 
 
 def test_changed_parameters_change_what_is_generated():

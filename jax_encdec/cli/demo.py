@@ -26,7 +26,7 @@ from jax_encdec.errors import InputError
 if TYPE_CHECKING:
     from jax_encdec import EncoderDecoderModel, Tokenizer
     from jax_encdec.training.config import TrainingConfig
-    from jax_encdec.training.loop import TrainResult
+    from jax_encdec.training.finish import TrainResult
 
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 1e-3
