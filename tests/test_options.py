@@ -106,8 +106,13 @@ def option_sets(seed, draws, sample):
         # What is forced leaves but one beam: the others, of no probability, are anybody's guess.
         names = [name for name in names if name != "remove_invalid_values"]
     if "prefix_allowed_tokens_fn" in names:
-        # Where the end is all that is allowed, and it is too early for it, nothing is left.
-        names = [name for name in names if not name.startswith("min_")]
+        # Where what is forced is not allowed, or the end is all that is and comes too early,
+        # nothing is left; of that the oracle's renormalisation makes NaN.
+        without = ("min_", "forced_", "renormalize_")
+        names = [name for name in names if not name.startswith(without)]
+    if "exponential_decay_length_penalty" in names:
+        # The ban of an end token would become the lowest number, and the penalty the highest of it.
+        names = [name for name in names if name != "remove_invalid_values"]
     drawn = rng.sample(sorted(DRAWN), rng.randrange(1, 5)) if sample else []
     returned = rng.randrange(1, beams + 1)
     for _ in range(draws):
