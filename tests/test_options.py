@@ -174,10 +174,7 @@ def explained(oracle, model, params, ids, mask, options):
 
 
 def same_distribution(oracle, model, params, ids, mask, **options):
-    """After a random prompt, what is drawn from has the oracle's probabilities to 1e-6.
-
-    Returns 1 when a token stands so near a cut that float32 decides whether it stays.
-    """
+    """After a random prompt, what is drawn from has the oracle's probabilities to 1e-6."""
     batch = len(ids)
     prompt = np.random.default_rng(batch).integers(3, 50, (batch, 6)).astype(np.int32)
     prompt[:, 0] = 0
