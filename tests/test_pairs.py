@@ -35,15 +35,10 @@ def close(ours, theirs, tolerance=1e-5):
     return float(error)
 
 
-@pytest.mark.parametrize(
-    ("encoder", "decoder"),
-    [(e, d) for e in ENCODERS for d in DECODERS if "bert" not in (e, d)],
-)
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_pair(encoder, decoder):
-    """Half of the pairs in either size; the exhaustive test has all in both.
-
-    Those with BERT on a side are in `test_families.py`.
-    """
+    """Half of the pairs in either size; the exhaustive test has all in both."""
     size = tuple(SIZES)[(ENCODERS.index(encoder) + DECODERS.index(decoder)) % 2]
     check_pair(encoder, decoder, size, seed=len(encoder + decoder), tolerance=1e-5)
 
@@ -64,13 +59,11 @@ def check_pair(
     batch=3,
     length=9,
     tolerance=2e-5,
-    searches=(1, 4),
     record=lambda name, value: None,
 ):
     """A random pair computes and generates what PyTorch's does; returns PyTorch's.
 
-    `searches` are the numbers of beams to generate with. `record` is told the largest difference
-    of the logits, scaled, and the number of near-ties.
+    `record` is told the largest difference of the logits, scaled, and the number of near-ties.
     """
     hidden, tied = SIZES[size]
     oracle = torch_pair(encoder, decoder, hidden=hidden, tied=tied, seed=seed)
@@ -100,9 +93,8 @@ def check_pair(
     assert float(ours.loss_weight) == (labels != -100).sum()
 
     ties = 0
-    for beams in searches:
-        options = {"num_beams": beams, "max_new_tokens": 24}
-        ties += assert_same_tokens(oracle, model, params, ids, mask, **options)
+    for options in ({"num_beams": 1}, {"num_beams": 4}):
+        ties += assert_same_tokens(oracle, model, params, ids, mask, max_new_tokens=24, **options)
     record("near_ties", ties)
     return oracle
 
