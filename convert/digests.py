@@ -1,8 +1,8 @@
 """SHA256SUMS: the digests of a folder's weight files, as sha256sum writes and checks them.
 
 No weight format notices a bit that flipped in its numbers. `write` is the last step of a save;
-`check` comes before anything is read, and without the file does nothing. `sha256sum -c SHA256SUMS`
-in the folder does the same.
+`check` comes before anything is read, or `checking` beside the reading; without the file both do
+nothing. `sha256sum -c SHA256SUMS` in the folder does the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 from jax_encdec import hub
@@ -63,6 +64,26 @@ def check(place: Path) -> None:
     _compare([target], expected)
     if target.suffix == ".json":
         _compare(_shards(target), expected)
+
+
+@contextmanager
+def checking(place: Path, verify: bool = True) -> Iterator[None]:
+    """`check`, beside what the `with` block does, which reads the very files.
+
+    The block's results count only once this has ended. Of damaged files the digest is what is
+    complained of, whatever the block stumbled over.
+    """
+    if not verify:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(check, place)
+        try:
+            yield
+        except Exception:
+            found.result()
+            raise
+        found.result()
 
 
 def _compare(files: list[Path], expected: Mapping[str, str]) -> None:

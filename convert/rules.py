@@ -2,7 +2,7 @@
 
 A `Rule` names a tensor, one leaf (or several, where the published tensor fuses them) and how the
 numbers are laid out. A `Part` is the rules of one side of a model. From the same rules follow
-import (`match`, then `Plan.leaves`), export (`tensors`) and the report of what was read, ignored
+import (`match`, then `Plan.recipes`), export (`tensors`) and the report of what was read, ignored
 and why, and left fresh. Every tensor of a file is consumed or ignored for a stated reason, every
 leaf is filled exactly once; all problems are collected and raised together.
 
@@ -16,6 +16,8 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +26,7 @@ from jax_encdec.config import TransformerConfig
 from jax_encdec.convert.layouts import PLAIN, Conv1D, Linear, Plain, Shape, Vector
 from jax_encdec.convert.readers import TensorInfo, TensorSource
 from jax_encdec.errors import CheckpointError
+from jax_encdec.host_arrays import HostArray, aligned
 
 Path = tuple[str, ...]
 Box = tuple[tuple[int, int], ...]
@@ -280,23 +283,31 @@ class Plan:
             slices.setdefault(path, []).append(index)
         return slices
 
-    def leaves(
-        self, source: TensorSource, leaves: Mapping[Path, HasShape], dtype: np.dtype | None
-    ) -> Iterator[tuple[Path, np.ndarray]]:
-        """Yield each leaf that the file fills, whole, in `dtype` (None: as the file has it).
+    def recipes(
+        self, source: TensorSource, leaves: Mapping[Path, HasShape], dtype: np.dtype
+    ) -> dict[Path, HostArray]:
+        """How each leaf that the file fills is read, whole or layer by layer, in `dtype`."""
+        lock = Lock()  # A source is read by one thread at a time.
 
-        One leaf and one tensor are in memory at a time.
-        """
-        for path, indices in self._slices().items():
-            out = None
-            for index in indices:
+        def layer(path: Path, index: int | None) -> np.ndarray:
+            with lock:
                 piece = self.read(source, self.slots[path, index][0], path, leaves[path].shape)
-                if out is None:
-                    out = np.empty(leaves[path].shape, dtype or piece.dtype)
-                out[... if index is None else index] = piece
-                del piece
-            assert out is not None
-            yield path, out
+            return piece.astype(dtype, copy=False)
+
+        def whole(path: Path, indices: list[int | None]) -> np.ndarray:
+            if indices == [None]:
+                return layer(path, None)
+            out = aligned(leaves[path].shape, dtype)
+            for index in indices:
+                out[index] = layer(path, index)
+            return out
+
+        return {
+            path: HostArray(
+                partial(whole, path, indices), leaves[path].shape, layer=partial(layer, path)
+            )
+            for path, indices in self._slices().items()
+        }
 
     def read(
         self,

@@ -15,6 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jax_encdec.host_arrays import arrange
+
 TILE = 64
 """Outputs of a tile. On CPU a product of few rows by a tile reads the weights once, as they lie."""
 
@@ -32,19 +34,24 @@ class Kernel:
     """The axes that each joined matrix puts out."""
 
     @classmethod
-    def of(cls, arrays: list[jax.Array], inputs: int, order: str, dtype: Any = None) -> Kernel:
-        """Join arrays `[*inputs, *outputs]` of equal inputs."""
+    def of(cls, arrays: list[Any], inputs: int, order: str, dtype: Any = None) -> Kernel:
+        """Join arrays `[*inputs, *outputs]` of equal inputs, or recipes of such (`HostArray`)."""
         outputs = tuple(tuple(a.shape[inputs:]) for a in arrays)
         size = math.prod(arrays[0].shape[:inputs])
-        flat = [jnp.reshape(a, (size, -1)) for a in arrays]
-        joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-        joined = joined if dtype is None else joined.astype(dtype)
-        if order == "out_in":
-            joined = joined.T
-        elif order == "tiles":
-            joined = jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % TILE)))
-            joined = jnp.swapaxes(joined.reshape(size, -1, TILE), 0, 1)
-        return cls(joined, order, inputs, outputs)
+
+        def make(xp: Any, *arrays: Any) -> Any:
+            flat = [xp.reshape(a, (size, -1)) for a in arrays]
+            joined = flat[0] if len(flat) == 1 else xp.concatenate(flat, axis=1)
+            joined = joined if dtype is None else joined.astype(dtype)
+            if order == "out_in":
+                return joined.T
+            if order == "tiles":
+                if rest := -joined.shape[1] % TILE:
+                    joined = xp.pad(joined, ((0, 0), (0, rest)))
+                return xp.swapaxes(joined.reshape(size, -1, TILE), 0, 1)
+            return joined
+
+        return cls(arrange(make, *arrays), order, inputs, outputs)
 
     def product(
         self, x: jax.Array, bias: jax.Array | None = None, dtype: Any = None

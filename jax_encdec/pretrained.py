@@ -24,10 +24,12 @@ from jax_encdec.convert import digests, rules, tables
 from jax_encdec.convert.readers import TensorSource, open_tensors, write_safetensors
 from jax_encdec.convert.rules import Box, Plan, Report
 from jax_encdec.decoding.config import GENERATION_KEYS, GenerationConfig
+from jax_encdec.decoding.layout import read_prepared
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.encoder_decoder_config import MODEL_TYPES, EncoderDecoderConfig
 from jax_encdec.errors import CheckpointError, ConfigError, EncDecError, InputError
 from jax_encdec.families import FAMILIES
+from jax_encdec.host_arrays import HostArray, land
 from jax_encdec.layers import Param, flatten
 from jax_encdec.pair_params import check_tree, model_params, plain_params
 from jax_encdec.token_ids import resolve_ids
@@ -60,7 +62,9 @@ def from_pretrained(
     token: hub.Token = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> tuple[EncoderDecoderModel, Params]:
+    rows: int | None = None,
+    precision: str | None = None,
+) -> tuple[EncoderDecoderModel, Any]:
     """Load a published pair, `EncoderDecoderModel` or a whole BART, T5, ..., in any format.
 
     Args:
@@ -70,9 +74,12 @@ def from_pretrained(
         token: for a repository that asks for one; None: the stored one, if any; False: none.
         cache_dir: where downloads are kept.
         local_files_only: take what the cache holds and ask nobody.
+        rows, precision: for inference alone, as in `model.prepare`: with either, parameters are
+            read straight into the layout of inference, in half the memory of loading and preparing.
 
     Returns:
-        The model and its parameters, a nested dict of arrays on the default device.
+        The model and its parameters, a nested dict of arrays on the default device; with `rows` or
+        `precision`, `PreparedParams`.
 
     Raises:
         CheckpointError, ConfigError: the folder holds no such model, or a damaged one, or weights
@@ -85,6 +92,8 @@ def from_pretrained(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        rows=rows,
+        precision=precision,
     )
     return loaded.model, loaded.params
 
@@ -97,6 +106,8 @@ def load(
     token: hub.Token = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    rows: int | None = None,
+    precision: str | None = None,
     shardings: Shardings | None = None,
     verify: bool = True,
 ) -> Loaded:
@@ -113,19 +124,25 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if shardings is not None and (rows is not None or precision is not None):
+        raise InputError("rows and precision are for one device; leave them out, or shardings")
     config, generation_config = read_configs(place)
-    if verify:
-        digests.check(place)
-    with open_tensors(place) as source:
+    with digests.checking(place, verify), open_tensors(place) as source:
         config, plan, report = plan_pair(config, source, where=str(path))
         kind = dtype_of(dtype, source)
         model = EncoderDecoderModel(
             config, generation_config=generation_config, dtype=kind, param_dtype=kind
         )
         declared = flatten(model_params(config))
+        if rows is not None or precision is not None:
+            recipes = plan.recipes(source, declared, kind)
+            fresh = fresh_values(declared, plan.fresh, None, kind)
+            recipes |= {path: HostArray.of(value) for path, value in fresh}
+            params = read_prepared(config, unflatten_dict(recipes), rows, precision)
+            return Loaded(model, params, {str(path): report})
         homes = None if shardings is None else flatten(shardings(model))
         flat = dict(read_leaves(plan, source, declared, kind, homes))
-        flat.update(fresh_values(declared, plan.fresh, jax.random.key(0), kind, homes))
+        flat.update(fresh_values(declared, plan.fresh, None, kind, homes))
     return Loaded(model, unflatten_dict(flat), {str(path): report})
 
 
@@ -216,8 +233,7 @@ def read_leaves(
     next, so that no leaf need fit into the memory of one device, nor the model into the host's.
     """
     if shardings is None:
-        for path, leaf in plan.leaves(source, declared, np.dtype(dtype)):
-            yield path, jnp.asarray(leaf)
+        yield from land(plan.recipes(source, declared, np.dtype(dtype))).items()
         return
     wanted = {path: _boxes(shardings[path], declared[path].shape) for path in declared}
     placed: list[jax.Array] = []
@@ -243,14 +259,20 @@ def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
 def fresh_values(
     declared: Mapping[TreePath, Param],
     paths: Sequence[TreePath],
-    key: jax.Array,
+    key: jax.Array | None,
     dtype: Any,
     shardings: Mapping[TreePath, Sharding] | None = None,
 ) -> Iterator[tuple[TreePath, jax.Array]]:
     """Draw the initial values of some leaves, onto the default device or into their shardings.
 
     A leaf's values depend neither on these nor on which others are drawn.
+
+    Args:
+        key: None: `jax.random.key(0)`.
     """
+    if not paths:
+        return  # Even making a key compiles something.
+    key = jax.random.key(0) if key is None else key
     numbers = {path: i for i, path in enumerate(declared)}
     for path in paths:
         value = partial(declared[path].value, dtype=dtype)

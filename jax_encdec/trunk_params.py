@@ -23,6 +23,7 @@ from jax_encdec.config import (
     TransformerConfig,
 )
 from jax_encdec.embedding import embedding_params, head_params
+from jax_encdec.host_arrays import HostArray
 from jax_encdec.layers import (
     Param,
     Params,
@@ -115,6 +116,9 @@ def split_layers(segment: Segment, period: Any) -> tuple[Any, ...]:
     if segment.share:
         return (period,) * segment.repeat
     leaves, treedef = jax.tree.flatten(period)
+    if leaves and isinstance(leaves[0], HostArray):
+        each = ([leaf[i] for leaf in leaves] for i in range(segment.repeat))
+        return tuple(jax.tree.unflatten(treedef, layer) for layer in each)
     sizes = (1,) * segment.repeat
     split = (jax.lax.split(jnp.asarray(leaf), sizes, axis=0) for leaf in leaves)
     layers = zip(*([jnp.squeeze(part, 0) for part in parts] for parts in split), strict=True)

@@ -211,9 +211,7 @@ class _Side:
     ) -> tuple[EncoderDecoderConfig, Report]:
         """Read this side into `flat`; return the pair's configuration, untied where the file is."""
         assert self.place is not None
-        if verify:
-            digests.check(self.place)
-        with open_tensors(self.place) as source:
+        with digests.checking(self.place, verify), open_tensors(self.place) as source:
             while True:
                 # The side on its own: complete, whatever the pair shares.
                 untied = config.replace(tie_encoder_decoder=False)

@@ -108,6 +108,20 @@ def test_everything_that_reads_weights_checks_them(copy, tmp_path, capsys):
         join(copy, copy)
 
 
+def test_of_a_damaged_file_the_digest_is_what_is_complained_of(copy):
+    """Whatever else its reader stumbles over meanwhile."""
+    file = weight_files(copy)[-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    damaged = pytest.raises(CheckpointError, match="is not the file that was saved")
+    with damaged, digests.checking(copy):
+        raise CheckpointError("too short")
+    with damaged, digests.checking(copy):
+        pass
+    own = pytest.raises(CheckpointError, match="too short")
+    with own, digests.checking(copy, verify=False):
+        raise CheckpointError("too short")
+
+
 def test_without_it_nothing_is_checked(copy):
     (copy / NAME).unlink()
     EncoderDecoderModel.from_pretrained(copy)

@@ -12,7 +12,10 @@ What is fast was measured (AMD EPYC, 2 threads; times relative to `[in, out]`, f
     rows   2 to 8  tiles: 0.3 to 0.8, the most at 2 to 4 rows
     rows   more    `[in, out]`
     bfloat16 weights, float32 sums: 0.5 to 0.7 from 2 rows on; at 1 row 12 times slower, so that
-    one row keeps float32
+    one row keeps float32, as does the encoder, whose products of many rows are slower in bfloat16
+
+On a CPU nothing is compiled for this: what is made of the parameters is copied by threads, leaf by
+leaf (`host_arrays.py`). From a file it is made so without the parameters themselves ever existing.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jax_encdec.attention_kernels import platform as current_platform
 from jax_encdec.config import Attention, Convolution, FeedForward, Sublayer, TransformerConfig
 from jax_encdec.dense_kernels import Kernel
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import InputError, nearest
+from jax_encdec.host_arrays import HostArray, arrange, land
 from jax_encdec.layers import Params, flatten
 from jax_encdec.pair_params import check_tree, plain_params, with_aliases
 from jax_encdec.trunk_params import unstack
@@ -87,7 +92,7 @@ class Layout:
     @property
     def dtype(self) -> Any:
         """What other weights are cast to, of matrices that meet many rows at a time."""
-        return jnp.bfloat16 if self.precision == "bfloat16" else None
+        return jnp.bfloat16 if self.precision == "bfloat16" and self.platform != "cpu" else None
 
     def order(self, inputs: int, outputs: int) -> str:
         """How a matrix lies."""
@@ -138,7 +143,7 @@ def prepare_params(
     layout = Layout.choose(rows, precision, platform)
     if isinstance(params, PreparedParams):
         raise InputError("params are prepared already; prepare the model's own")
-    return _prepared(config, checked(config, params), layout)
+    return _prepared_now(config, checked(config, params), layout)
 
 
 def tree_of(config: EncoderDecoderConfig, params: Any) -> Params:
@@ -161,9 +166,23 @@ def checked(config: EncoderDecoderConfig, params: Any) -> Any:
     return params
 
 
+def read_prepared(
+    config: EncoderDecoderConfig, recipes: Any, rows: int | None, precision: str | None
+) -> PreparedParams:
+    """`prepare_params` of what is still in a file: a tree of `HostArray`s.
+
+    Raises:
+        InputError: as `prepare_params`.
+    """
+    layout = Layout.choose(rows, precision)
+    if layout.platform == "cpu":
+        return land(_prepared(config, recipes, layout))
+    return _prepared_now(config, land(recipes), layout)
+
+
 def _prepared(config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
     tree = dict(with_aliases(config, params))
-    if layout.rows != "any" or layout.dtype is not None:
+    if layout.rows != "any" or layout.step_dtype is not None:
         tree["decoder"] = _decoder(config.decoder_trunk, tree["decoder"], layout)
         if layout.dtype is not None:
             tree["encoder"] = _encoder(config.encoder_trunk, tree["encoder"], layout)
@@ -243,12 +262,20 @@ def _join(parts: list[Params], layout: Layout) -> dict[str, Any]:
     size = kernels[0].shape[0]
     order = layout.order(size, sum(k.size for k in kernels) // size)
     out: dict[str, Any] = {"kernel": Kernel.of(kernels, 1, order, layout.step_dtype)}
-    if any("bias" in part for part in parts):
-        biases = [
-            jnp.ravel(part["bias"]) if "bias" in part else jnp.zeros(k.size // size, k.dtype)
-            for part, k in zip(parts, kernels, strict=True)
-        ]
-        out["bias"] = jnp.concatenate(biases)
+    present = [part["bias"] for part in parts if "bias" in part]
+    if present:
+
+        def make(xp: Any, *biases: Any) -> Any:
+            each = iter(biases)
+            zeros = partial(xp.zeros, dtype=biases[0].dtype)
+            return xp.concatenate(
+                [
+                    xp.ravel(next(each)) if "bias" in part else zeros(part["kernel"].size // size)
+                    for part in parts
+                ]
+            )
+
+        out["bias"] = arrange(make, *present)
     return out
 
 
@@ -318,8 +345,7 @@ class LastPrepared:
         What is prepared already, or lies on several devices, is returned as it is.
         """
         leaves, treedef = jax.tree.flatten(params)
-        spread = any(len(getattr(leaf, "devices", set)()) > 1 for leaf in leaves)
-        if spread or isinstance(params, PreparedParams):
+        if _spread(leaves) or isinstance(params, PreparedParams):
             return checked(config, params)
         key, entry = (config, layout, treedef), self._entry
         if entry is not None:
@@ -328,7 +354,7 @@ class LastPrepared:
             if same and all(ref() is leaf for ref, leaf in zip(refs, leaves, strict=True)):
                 return prepared
         self.clear()
-        prepared = _prepared_once(config, checked(config, params), layout)
+        prepared = _prepared_now(config, checked(config, params), layout)
         if all(isinstance(leaf, jax.Array) for leaf in leaves):
             self._entry = [weakref.ref(leaf, self.clear) for leaf in leaves], key, prepared
         return prepared
@@ -338,14 +364,28 @@ class LastPrepared:
         self._entry = None
 
 
-def _prepared_once(config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
-    """`_prepared`, compiled; arrays that stay as they are are left out of it, and not copied."""
+def _prepared_now(config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
+    """`_prepared` without a copy of what stays as it is, and without waiting for XLA's compiler
+    where that can be."""
     leaves, treedef = jax.tree.flatten(params)
+    if any(isinstance(leaf, Tracer) for leaf in leaves) or _spread(leaves):
+        return _prepared(config, params, layout)
+    homes = [leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)]
+    if layout.platform == "cpu" and all(d.platform == "cpu" for home in homes for d in home):
+        recipes = jax.tree.map(HostArray.of, params)
+        committed = any(isinstance(leaf, jax.Array) and leaf.committed for leaf in leaves)
+        device = next(iter(homes[0])) if committed else None
+        return land(_prepared(config, recipes, layout), device)
     made: list[Any] = []
     jax.eval_shape(lambda x: made.extend(_split(config, treedef, layout, x)[1:]), leaves)
     origins, form = made
     changed = iter(_changed(config, treedef, layout, leaves))
     return jax.tree.unflatten(form, [next(changed) if i is None else leaves[i] for i in origins])
+
+
+def _spread(leaves: list[Any]) -> bool:
+    """Whether any lies on several devices."""
+    return any(len(getattr(leaf, "devices", set)()) > 1 for leaf in leaves)
 
 
 def _split(
