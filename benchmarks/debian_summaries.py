@@ -12,7 +12,8 @@ Synopses alone teach slowly what cross-attention is for. So the model learns to 
 sentence of a description, too, where the source says so (`COPY`), from the same descriptions. The
 rate is to reach zero when the time is up: a short run, which the clock counts, measures the speed.
 
-FOLDER keeps downloads, the runs and the model. Needs `pip install jax_encdec[train]` and apt.
+FOLDER keeps downloads, the runs, the model and the test split. Needs `pip install
+jax_encdec[train]` and apt.
 """
 
 from __future__ import annotations
@@ -272,6 +273,8 @@ def run(folder: Path, minutes: float, steps: int | None, seed: int, rows: int | 
     parts = splits(lists)
     sizes = {name: len(part) for name, part in parts.items()}
     print(", ".join(f"{size} to {name}" for name, size in sizes.items()), flush=True)
+    tests = [json.dumps({"source": text, "target": synopsis}) for text, synopsis in parts["test"]]
+    (folder / "test.jsonl").write_text("\n".join(tests) + "\n")  # for precision.py
     # They are ordered by name, and the first ones are not like the rest.
     parts["curve"] = parts["validation"][:: len(parts["validation"]) // CURVE_ROWS]
     parts["test"] = parts["test"][:rows]

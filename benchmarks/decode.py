@@ -3,6 +3,7 @@
     python benchmarks/decode.py                       # everything, about an hour
     python benchmarks/decode.py --sizes small --families bert --parts steady --rounds 5
     python benchmarks/decode.py --parts none          # print what has been measured
+    python benchmarks/decode.py --flax-python PYTHON  # Transformers' last Flax classes, too
 
 Every side runs the same random weights in a process of its own that stays alive and generates
 exactly 64 tokens, from a vocabulary of 30522. Rounds alternate between the sides; what is reported
@@ -24,6 +25,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import decode_machine as machine
-from decode_sides import NEW_TOKENS, RUNS, SHAPES, SIDES, VOCAB, Cell, Side, convert, make
+from decode_sides import (
+    NEW_TOKENS,
+    RUNS,
+    SHAPES,
+    SIDES,
+    VOCAB,
+    Cell,
+    Side,
+    convert,
+    convert_to_flax,
+    make,
+)
 
 CELLS = [
     (length, batch, beams) for length in (128, 512) for batch in (1, 8) for beams in (1, 4)
@@ -39,9 +52,10 @@ CELLS = [
 COLD: Cell = (128, 1, 1)
 BUSY = 0.1  # Processors kept busy by others, from which on a number is marked.
 PAIRS = {  # Whom each of ours is held against.
-    "ours": ("pytorch", "pytorch-bf16", "ctranslate2", "ctranslate2-int8"),
+    "ours": ("pytorch", "pytorch-bf16", "flax", "ctranslate2", "ctranslate2-int8"),
     "ours-bf16": ("ours", "pytorch-bf16", "ctranslate2-int8"),
 }
+CACHED = ("ours", "ours-bf16", "flax")  # Who can keep compiled programs on disk.
 PARTS = ("rates", "steady", "cold")
 
 
@@ -105,14 +119,14 @@ def quotient(ours: list[float], theirs: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
-def cold(names: list[str], folder: Path, cell: Cell, rounds: int) -> dict:
+def cold(names: list[str], folder: Path, cell: Cell, rounds: int, pythons: dict[str, str]) -> dict:
     """Fresh processes: seconds until loaded, of the first call, and peak memory."""
     kinds = {name: (name, None) for name in names}
     with tempfile.TemporaryDirectory() as programs:
         for name in names:
-            if name.startswith("ours"):
+            if name in CACHED:
                 kinds[f"{name}, warm cache"] = (name, Path(programs))
-                side = Side(name, folder, Path(programs))
+                side = Side(name, folder, Path(programs), pythons.get(name), cell[1] * cell[2])
                 side.run(cell)
                 side.close()
         found: dict[str, dict[str, list[float]]] = {
@@ -120,7 +134,7 @@ def cold(names: list[str], folder: Path, cell: Cell, rounds: int) -> dict:
         }
         for _ in range(rounds):
             for kind, (name, cache) in kinds.items():
-                side = Side(name, folder, cache)
+                side = Side(name, folder, cache, pythons.get(name), cell[1] * cell[2])
                 first, _, peak = side.run(cell)
                 side.close()
                 numbers = {"loaded": side.loaded, "first_call": first, "peak_mib": peak}
@@ -227,9 +241,25 @@ def listed(known: Any, text: str, option: str) -> list[str]:
     return names
 
 
-def versions() -> dict[str, str]:
+def versions(flax_python: str | None) -> dict[str, str]:
     """Of all that is compared."""
     found = {}
+    if flax_python:
+        code = (
+            "import platform; from importlib.metadata import version as v; print(v('flax'), 'with',"
+            "'transformers', v('transformers'), 'and jax', v('jax'), '(Python',"
+            "platform.python_version() + ')')"
+        )
+        try:
+            asked = subprocess.run(
+                [flax_python, "-c", code], check=True, capture_output=True, text=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            raise SystemExit(
+                f"--flax-python: expected a Python that has flax, jax and transformers 4; got "
+                f"{flax_python!r}"
+            ) from None
+        found["flax"] = asked.stdout.strip()
     for package in ("jax_encdec", "jax", "torch", "transformers", "ctranslate2"):
         try:
             found[package] = version(package)
@@ -245,7 +275,8 @@ def main() -> None:
     parser.add_argument("--families", default="bert,bart")
     parser.add_argument("--sizes", default="small,base")
     parser.add_argument("--cells", default=",".join(map(name_of, CELLS)))
-    parser.add_argument("--sides", default=",".join(SIDES), help="whom to run, `ours` with them")
+    parser.add_argument("--sides", help="whom to run, `ours` with them; by default all there are")
+    parser.add_argument("--flax-python", metavar="PATH", help="of the side flax, which needs it")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, or none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold-rounds", type=int, default=3)
@@ -259,7 +290,9 @@ def main() -> None:
     sizes = listed(SHAPES, args.sizes, "--sizes")
     wanted = listed(cells, args.cells, "--cells")
     parts = [] if args.parts == "none" else listed(PARTS, args.parts, "--parts")
-    sides = listed(SIDES, args.sides, "--sides")
+    pythons = {"flax": args.flax_python} if args.flax_python else {}
+    everyone = [name for name in SIDES if name != "flax" or name in pythons]
+    sides = listed(everyone, args.sides or ",".join(everyone), "--sides")
     machine.pin()
     report: dict = json.loads(args.output.read_text()) if args.output.exists() else {}
     if parts:
@@ -271,7 +304,7 @@ def main() -> None:
             "processor": machine.processor(),
             "threads": machine.THREADS,
             "python": f"Python {platform.python_version()}",
-            "versions": versions(),
+            "versions": report.get("versions", {}) | versions(args.flax_python),
         }
 
     def save() -> None:
@@ -296,13 +329,15 @@ def main() -> None:
                 wants = any(name.startswith("ctranslate2") for name in names)
                 if wants and not (folder / "ctranslate2-int8").exists():
                     spawn(convert, folder)
+                if "flax" in names and not (folder / "flax").exists():
+                    spawn(convert_to_flax, folder)
                 if "cold" in parts:
                     key = f"{family}/{size}/{name_of(COLD)}"
-                    found = cold(names, folder, COLD, args.cold_rounds)
+                    found = cold(names, folder, COLD, args.cold_rounds, pythons)
                     report.setdefault("cold", {}).setdefault(key, {}).update(found)
                     save()
                 if "steady" in parts:
-                    live = {name: Side(name, folder) for name in names}
+                    live = {name: Side(name, folder, None, pythons.get(name)) for name in names}
                     for name in wanted:
                         cell = cells[name]
                         found = steady(live, cell, args.rounds)

@@ -1,16 +1,23 @@
 """Whom the decoding benchmark compares, each in a process of its own that stays alive.
 
-All read the same random model from the same folder: a BERT2BERT (`bert`) for PyTorch Transformers,
-a BART (`bart`) for CTranslate2, which knows no BERT2BERT; PyTorch runs both.
+All read the same random model from the same folder: a BERT2BERT (`bert`) for PyTorch Transformers
+and its last Flax classes, a BART (`bart`) for CTranslate2, which knows no BERT2BERT; PyTorch runs
+both. A side may run in another Python, so that this file imports only what every Python has.
+
+    python decode_sides.py SIDE FOLDER CACHE PIPE ROWS     # what `Side` starts
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -91,28 +98,34 @@ def convert(folder: Path) -> None:
         Converter(str(folder)).convert(str(folder / f"ctranslate2-{kind}"), quantization=kind)
 
 
-def open_ours(folder: str, mode: str) -> Run:
-    """jax_encdec; with bfloat16, weights are stored so and sums are made in float32."""
+def convert_to_flax(folder: Path) -> None:
+    """Write what the Flax classes read, beside the model."""
+    from jax_encdec.convert.convert import convert
+
+    convert(folder, folder / "flax", format="msgpack")
+
+
+def open_ours(folder: str, mode: str, rows: int | None) -> Run:
+    """jax_encdec; with bfloat16, weights are stored so and sums are made in float32.
+
+    Where the rows of all calls are known, parameters are read into the layout for them; else, in
+    float32, `generate` gets the model's own.
+    """
     from jax_encdec import EncoderDecoderModel
 
-    model, params = EncoderDecoderModel.from_pretrained(folder)
-    prepared: dict[int, Any] = {}
+    @functools.lru_cache(1)
+    def loaded(rows: int | None) -> Any:
+        precision = None if mode == "float32" else mode
+        return EncoderDecoderModel.from_pretrained(folder, rows=rows, precision=precision)
 
-    def weights(rows: int) -> Any:
-        nonlocal params
-        if mode == "float32":
-            return params
-        if rows not in prepared:
-            prepared.clear()
-            if params is None:
-                params = EncoderDecoderModel.from_pretrained(folder)[1]
-            prepared[rows] = model.prepare(params, rows=rows, precision=mode)
-            params = None  # Once they are prepared, they may go.
-        return prepared[rows]
+    if rows is not None or mode == "float32":
+        loaded(rows)
 
     def run(ids, mask, beams):
+        own = mode == "float32" and rows is None
+        model, params = loaded(None if own else len(ids) * beams)
         return model.generate(
-            weights(len(ids) * beams),
+            params,
             ids,
             attention_mask=mask,
             num_beams=beams,
@@ -178,36 +191,87 @@ def open_ctranslate2(folder: str, mode: str) -> Run:
     return run
 
 
-OPENERS = {"ours": open_ours, "pytorch": open_pytorch, "ctranslate2": open_ctranslate2}
+def open_flax(folder: str, mode: str) -> Run:
+    """Transformers' last Flax classes, all of `generate` compiled, as their users ran it.
+
+    Their `encode` hands positions to a BERT encoder as token types, out of range from the third
+    on: `generate` as documented sees only NaN and returns pads. Zeros passed as positions are the
+    right token types, and leave the encoder to count positions itself. `min_new_tokens` they
+    ignore; their lengths count the start token.
+    """
+    os.environ |= {"USE_TORCH": "0", "USE_TF": "0"}  # Else imported where installed.
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    kind = transformers.FlaxEncoderDecoderModel  # pyright: ignore[reportAttributeAccessIssue]
+    model = kind.from_pretrained(str(Path(folder) / "flax"), dtype=getattr(jnp, mode))
+
+    @functools.partial(jax.jit, static_argnames="beams")
+    def generate(params, ids, mask, beams):
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            position_ids=jnp.zeros_like(ids),
+            params=params,
+            num_beams=beams,
+            do_sample=False,
+            min_length=NEW_TOKENS + 1,
+            max_length=NEW_TOKENS + 1,
+        ).sequences
+
+    return lambda ids, mask, beams: generate(model.params, ids, mask, beams=beams).tolist()
+
+
+OPENERS = {
+    "ours": open_ours,
+    "pytorch": open_pytorch,
+    "flax": open_flax,
+    "ctranslate2": open_ctranslate2,
+}
 SIDES = {
     "ours": ("ours", "float32"),
     "ours-bf16": ("ours", "bfloat16"),
     "pytorch": ("pytorch", "float32"),
     "pytorch-bf16": ("pytorch", "bfloat16"),
+    "flax": ("flax", "float32"),
     "ctranslate2": ("ctranslate2", "float32"),
     "ctranslate2-int8": ("ctranslate2", "int8"),
 }
 RUNS = {
-    "bert": ("ours", "ours-bf16", "pytorch", "pytorch-bf16"),
+    "bert": ("ours", "ours-bf16", "pytorch", "pytorch-bf16", "flax"),
     "bart": ("ours", "ours-bf16", "pytorch", "ctranslate2", "ctranslate2-int8"),
 }
 
 
 class Side:
-    """A live process of one side."""
+    """A live process of one side, in this Python or in another.
 
-    def __init__(self, name: str, folder: Path, cache: Path | None = None):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
+    Args:
+        rows: batch times beams of all its calls, where they are known when it loads.
+
+    Raises:
+        SystemExit: here and in `run`, when it fails or dies, with what it said.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        cache: Path | None = None,
+        python: str | None = None,
+        rows: int | None = None,
+    ):
+        self.pipe, other = Pipe()
         began = time.perf_counter()
-        self.process = context.Process(
-            target=_work, args=(name, str(folder), cache and str(cache), other), daemon=True
+        arguments = [name, str(folder), str(cache or ""), str(other.fileno()), str(rows or "")]
+        self.process = subprocess.Popen(
+            [python or sys.executable, __file__, *arguments], pass_fds=[other.fileno()]
         )
-        self.process.start()
         other.close()
         self._receive()
         self.loaded = time.perf_counter() - began
-        assert self.process.pid is not None
         self.pid = self.process.pid
 
     def run(self, cell: Cell) -> tuple[float, list[list[int]], float]:
@@ -218,19 +282,19 @@ class Side:
     def close(self) -> None:
         """End the process."""
         self.pipe.send(None)
-        self.process.join()
+        self.process.wait()
 
     def _receive(self) -> Any:
         try:
             found = self.pipe.recv()
         except EOFError:
-            raise SystemExit(f"a process died: exit code {self.process.exitcode}") from None
+            raise SystemExit(f"a process died: exit code {self.process.wait()}") from None
         if isinstance(found, str):
             raise SystemExit(found)
         return found
 
 
-def _work(name: str, folder: str, cache: str | None, pipe: Any) -> None:
+def _work(name: str, folder: str, cache: str, pipe: Connection, rows: str) -> None:
     """Answer cells with (seconds, sequences, peak MiB), after saying that the model is loaded."""
     opener, mode = SIDES[name]
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true" if cache else "false"
@@ -238,7 +302,8 @@ def _work(name: str, folder: str, cache: str | None, pipe: Any) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     try:
-        run = OPENERS[opener](folder, mode)
+        opened = {"rows": int(rows) if rows else None} if opener == "ours" else {}
+        run = OPENERS[opener](folder, mode, **opened)
         pipe.send(None)
         while (cell := pipe.recv()) is not None:
             length, batch, beams = cell
@@ -248,5 +313,12 @@ def _work(name: str, folder: str, cache: str | None, pipe: Any) -> None:
             seconds = time.perf_counter() - began
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             pipe.send((seconds, sequences, peak))
+    except (EOFError, BrokenPipeError):
+        return  # Nobody asks any more.
     except Exception as error:
         pipe.send(f"{name} failed: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _, side, model, programs, number, rows_of_calls = sys.argv
+    _work(side, model, programs, Connection(int(number)), rows_of_calls)

@@ -25,8 +25,9 @@ import numpy as np
 from jax_encdec.config import TransformerConfig
 from jax_encdec.convert.layouts import PLAIN, Conv1D, Linear, Plain, Shape, Vector
 from jax_encdec.convert.readers import TensorInfo, TensorSource
+from jax_encdec.convert.tensor_source import aligned
 from jax_encdec.errors import CheckpointError
-from jax_encdec.host_arrays import HostArray, aligned
+from jax_encdec.host_arrays import HostArray
 
 Path = tuple[str, ...]
 Box = tuple[tuple[int, int], ...]
@@ -304,7 +305,10 @@ class Plan:
 
         return {
             path: HostArray(
-                partial(whole, path, indices), leaves[path].shape, layer=partial(layer, path)
+                partial(whole, path, indices),
+                leaves[path].shape,
+                layer=partial(layer, path),
+                fresh=True,
             )
             for path, indices in self._slices().items()
         }

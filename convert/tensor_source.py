@@ -22,6 +22,8 @@ import numpy as np
 
 from jax_encdec.errors import CheckpointError, nearest
 
+ALIGNMENT = 64
+"""Bytes; from such an address on, a CPU device takes an array without copying it."""
 MAX_DIMS = 64
 """Dimensions that a NumPy array can have."""
 MAX_TENSORS = 30_000
@@ -202,7 +204,7 @@ class BinaryFile:
                 f"{self.path} ends too early: expected {offset + count} bytes, got {self.size}"
             )
         try:
-            array = np.empty(count, np.uint8)
+            array = aligned((count,), np.uint8)
         except MemoryError:
             raise CheckpointError(
                 f"{self.path}: {count} bytes for one tensor do not fit into memory"
@@ -239,6 +241,15 @@ class BinaryFile:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array without values, which a CPU device takes without a copy."""
+    dtype = np.dtype(dtype)
+    count = math.prod(shape) * dtype.itemsize
+    memory = np.empty(count + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + count].view(dtype).reshape(shape)
 
 
 def as_tensor(data: np.ndarray, info: TensorInfo) -> np.ndarray:

@@ -12,6 +12,7 @@ once (`keys_values`) and passed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,35 @@ class Cache(NamedTuple):
             update(self.key, jnp.swapaxes(new.key, 2, 3), (zero, zero, zero, slot)),
             update(self.value, new.value, (zero, zero, slot, zero)),
         )
+
+
+class Prefix(NamedTuple):
+    """How much of a cache holds anything yet: the slots after that need not be touched."""
+
+    sizes: tuple[int, ...]
+    """Static: slots of the prefixes there is a program for, ascending, the last being all."""
+    chosen: jax.Array
+    """int32 scalar: which of `sizes` is the first to hold all."""
+
+    @classmethod
+    def of(cls, sizes: tuple[int, ...], used: jax.Array) -> Prefix:
+        """The shortest of the prefixes that holds the first `used` slots."""
+        used = largest(jnp.asarray(used, jnp.int32))
+        return cls(sizes, jnp.sum(used > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32))
+
+
+@jax.custom_batching.custom_vmap
+def largest(number: jax.Array) -> jax.Array:
+    """The number; under `vmap`, the largest of all rows.
+
+    So a branch chosen by it stays a branch, where by a number per row all would be run.
+    """
+    return number
+
+
+@largest.def_vmap
+def _largest(axis_size: int, in_batched: list[bool], number: jax.Array) -> tuple[jax.Array, bool]:
+    return largest(jnp.max(number)), False
 
 
 # Masks and positions -----------------------------------------------------------------------------
@@ -321,6 +351,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     kernel: str = "dense",
+    prefix: Prefix | None = None,
     execution: Execution = DEFAULT,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attend from states `x` `[B, Q, D]` to keys and values.
@@ -334,17 +365,21 @@ def attend(
         positions: `[B|1, Q]`, for rotary embeddings.
         layer: this layer's number from zero, for `scale_by_layer`.
         kernel: as `resolve_attention` chose.
+        prefix: of a `Cache`, what is in use; `visible` hides the rest.
 
     Returns:
         The output `[B, Q, D]` and the attention weights `[B, N, Q, S]` (float32, before dropout),
-        which only the `dense` kernel has.
+        which only the `dense` kernel has, over whole keys.
     """
     if query is None:
         query = _query(config, params, dense(params["query"], x), positions)
     query = constrain(execution, query, "act_batch", "act_length", "act_heads", None)
     scale = config.head_dim**-0.5 if config.scale is None else config.scale
     scale = scale / (layer + 1) if config.scale_by_layer else scale
-    if kernel == "dense":
+    if prefix is not None:
+        assert isinstance(kv, Cache)
+        y, weights = cached_attention(config, query, kv, visible.mask, bias, scale, prefix), None
+    elif kernel == "dense":
         mixing = (dropout_rate, dropout_key)
         y, weights = _dense_attention(
             config, params, query, kv, visible.mask, bias, relative, scale, *mixing
@@ -389,6 +424,34 @@ def _dense_attention(
     weights = jax.nn.softmax(scores, axis=-1)
     mixed = dropout(weights, dropout_rate, dropout_key).astype(kv.value.dtype)
     return _mix(mixed, kv).reshape(b, q, n, h), weights.reshape(b, n, q, -1)
+
+
+def cached_attention(
+    config: Attention,
+    query: jax.Array,
+    cache: Cache,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: jax.Array | float,
+    prefix: Prefix,
+) -> jax.Array:
+    """Attend from queries `[B, Q, N, H]` to the part of a cache that is in use: `[B, Q, N, H]`."""
+
+    def over(size: int) -> Callable[..., jax.Array]:
+        def run(
+            query: jax.Array, cache: Cache, mask: jax.Array | None, bias: jax.Array | None
+        ) -> jax.Array:
+            if size == 0:
+                return jnp.zeros_like(query)
+            part = Cache(cache.key[..., :size], cache.value[:, :, :size])
+            mask, bias = (None if x is None else x[..., :size] for x in (mask, bias))
+            rest = (mask, bias, None, scale, 0.0, None)
+            return _dense_attention(config, {}, query, part, *rest)[0]
+
+        return run
+
+    branches = [over(size) for size in prefix.sizes]
+    return jax.lax.switch(prefix.chosen, branches, query, cache, mask, bias)
 
 
 def _scores(query: jax.Array, kv: KV | Cache) -> jax.Array:

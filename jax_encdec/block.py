@@ -55,6 +55,8 @@ class Call:
     relative: attn.Relative | None
     dropout_key: jax.Array | None
     cache_slot: jax.Array | None
+    cache_prefix: attn.Prefix | None
+    """How much of each self-attention's cache is in use; None: look at all of it."""
     hidden_states: bool
     attentions: bool
 
@@ -171,6 +173,7 @@ def _attend(
             dropout_rate=call.config.dropout.attention,
             dropout_key=key,
             kernel=kernel,
+            prefix=None if cross else call.cache_prefix,
             execution=call.execution,
         )
         return y.reshape(h.shape), weights

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jax_encdec.convert.tensor_source import aligned
 from jax_encdec.host_arrays import arrange
 
 TILE = 64
@@ -45,11 +46,7 @@ class Kernel:
             joined = joined if dtype is None else joined.astype(dtype)
             if order == "out_in":
                 return joined.T
-            if order == "tiles":
-                if rest := -joined.shape[1] % TILE:
-                    joined = xp.pad(joined, ((0, 0), (0, rest)))
-                return xp.swapaxes(joined.reshape(size, -1, TILE), 0, 1)
-            return joined
+            return _tiles(xp, joined) if order == "tiles" else joined
 
         return cls(arrange(make, *arrays), order, inputs, outputs)
 
@@ -82,6 +79,20 @@ class Kernel:
             y = _dot(each, self.array, (((2,), (1,)), ((0,), (0,))))  # [tiles, M, TILE]
             return jnp.swapaxes(y, 0, 1).reshape(len(x), -1)
         return _dot(x, self.array, (((1,), (0 if self.order == "in_out" else 1,)), ((), ())))
+
+
+def _tiles(xp: Any, matrix: Any) -> Any:
+    """`[I, O]` -> `[O / TILE, I, TILE]`, zeros after the last of O."""
+    inputs, outputs = matrix.shape
+    if xp is jnp:
+        matrix = jnp.pad(matrix, ((0, 0), (0, -outputs % TILE)))
+        return jnp.swapaxes(matrix.reshape(inputs, -1, TILE), 0, 1)
+    tiles = aligned((-(-outputs // TILE), inputs, TILE), matrix.dtype)
+    tiles[-1] = 0
+    for number, tile in enumerate(tiles):  # One at a time, which fits into a processor's cache.
+        part = matrix[:, number * TILE : (number + 1) * TILE]
+        tile[:, : part.shape[1]] = part
+    return tiles
 
 
 def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:

@@ -216,10 +216,12 @@ def run_settings(
     key: jax.Array | None,
 ) -> dict[str, Any]:
     """All that predictions depend on beside the texts, as JSON, for `PredictionFile`."""
-    precision = pipe.params.layout.precision if isinstance(pipe.params, PreparedParams) else ""
+    prepared = isinstance(pipe.params, PreparedParams)
+    precision = pipe.params.layout.precision if prepared else "float32"
+    rounded = f", {precision} weights" if precision != "float32" else ""
     return {
         "model": _fingerprint(pipe),
-        "dtype": str(np.dtype(pipe.model.dtype)) + (f", {precision} weights" if precision else ""),
+        "dtype": str(np.dtype(pipe.model.dtype)) + rounded,
         "batch_size": batch_size,
         "window": WINDOW,
         "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist(),

@@ -13,14 +13,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ALIGNMENT = 64
-"""Bytes; from such an address on, a CPU device takes an array without copying it."""
+from jax_encdec.convert.tensor_source import ALIGNMENT, aligned
+
 _THREADS = 4
 
 
@@ -32,12 +33,15 @@ class HostArray:
         read: make it, or a view of it, in its dtype; threads may call it at the same time.
         shape: known beforehand of what a model declares, () of what is made of it.
         array: what it is already, where there is nothing to make.
+        layer: make one layer of it, without the others.
+        fresh: whether `read` gives memory that nobody else has.
     """
 
     read: Callable[[], np.ndarray]
     shape: tuple[int, ...] = ()
     array: jax.Array | None = None
     layer: Callable[[int], np.ndarray] | None = None
+    fresh: bool = False
 
     @classmethod
     def of(cls, array: Any) -> HostArray:
@@ -53,28 +57,30 @@ class HostArray:
     @property
     def T(self) -> HostArray:
         """Axes in reverse."""
-        return HostArray(lambda: self.read().T, self.shape[::-1])
+        return HostArray(lambda: self.read().T, self.shape[::-1], fresh=self.fresh)
 
     def __getitem__(self, index: int) -> HostArray:
         """One layer of a stack, of which no other is read."""
-        layer = self.layer or (lambda i: self.read()[i])
-        return HostArray(lambda: layer(index), self.shape[1:])
+        if self.layer is None:
+            return HostArray(lambda: self.read()[index], self.shape[1:])
+        return HostArray(partial(self.layer, index), self.shape[1:], fresh=self.fresh)
 
 
 def arrange(make: Callable[..., Any], *arrays: Any) -> Any:
     """`make(jax.numpy, *arrays)`; of recipes the recipe of `make(numpy, *arrays)`."""
     if all(isinstance(array, HostArray) for array in arrays):
-        return HostArray(lambda: make(np, *(array.read() for array in arrays)))
+        fresh = all(array.fresh for array in arrays)
+        return HostArray(lambda: make(np, *(array.read() for array in arrays)), fresh=fresh)
     return make(jnp, *arrays)
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array without values, which a CPU device takes without a copy."""
-    dtype = np.dtype(dtype)
-    count = math.prod(shape) * dtype.itemsize
-    memory = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + count].view(dtype).reshape(shape)
+def _landed(array: np.ndarray) -> bool:
+    """Whether a device takes it without a copy, and no more memory than it needs stays with it."""
+    root = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    whole = root.nbytes <= array.nbytes + ALIGNMENT
+    return whole and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
 
 
 def land(tree: Any, device: jax.Device | None = None) -> Any:
@@ -90,9 +96,11 @@ def land(tree: Any, device: jax.Device | None = None) -> Any:
         if recipe.array is not None:
             return recipe.array
         values = recipe.read()
-        out = aligned(values.shape, values.dtype)
-        out[...] = values
-        return jax.device_put(out, device)
+        if not (recipe.fresh and _landed(values)):
+            copy = aligned(values.shape, values.dtype)
+            copy[...] = values
+            values = copy
+        return jax.device_put(values, device)
 
     # Copies of arrays let other threads run.
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:

@@ -13,12 +13,14 @@ Axis letters: B batch, S source length, R returned sequences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_encdec import hub
 from jax_encdec.decoding.config import GenerationConfig
@@ -85,6 +87,9 @@ class Text2TextPipeline:
         path: str | Path,
         *,
         dtype: Any = None,
+        mesh: Mesh | str | Mapping[str, int] | None = None,
+        rows: int | None = None,
+        precision: str | None = None,
         revision: str | None = None,
         token: hub.Token = None,
         cache_dir: str | Path | None = None,
@@ -95,14 +100,32 @@ class Text2TextPipeline:
         Args:
             path: a folder, a weight file with its configuration beside it, or a hub repository id.
             dtype: of parameters and computation; None: float32; "auto": as the file has it.
+            mesh: devices to generate over, of `make_mesh` or what it takes: "replica=2,tensor=4".
+                Each reads its own part of the parameters; all belong to one process. None: one
+                device.
+            rows, precision: as in `EncoderDecoderModel.from_pretrained`: parameters are read into
+                the layout of inference, for batches times beams of about so many rows.
             revision: branch, tag or commit of a hub repository.
             token: for a repository that asks for one; None: the stored one, if any; False: none.
             cache_dir: where downloads are kept.
             local_files_only: take what the cache holds and ask nobody.
 
         Raises:
-            CheckpointError, ConfigError: no such model, a damaged one, or one without a tokenizer.
+            CheckpointError, ConfigError: no such model, a damaged one, or one without a tokenizer;
+                a mesh that does not fit the devices.
+            InputError: an unknown precision, or a mesh together with rows or precision.
         """
+        if mesh is not None:
+            if rows is not None or precision is not None:
+                raise InputError("rows and precision are for one device; leave them out, or mesh")
+            from jax_encdec.decoding.sharded import GENERATION_RULES
+            from jax_encdec.training.loading import load_sharded
+            from jax_encdec.training.sharding import make_mesh
+
+            mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+            load = partial(load_sharded, mesh=mesh, rules=GENERATION_RULES)
+        else:
+            load = partial(EncoderDecoderModel.from_pretrained, rows=rows, precision=precision)
         place = hub.resolve(
             path,
             revision=revision,
@@ -111,7 +134,7 @@ class Text2TextPipeline:
             local_files_only=local_files_only,
         )
         tokenizers = TokenizerPair.from_pretrained(place)
-        model, params = EncoderDecoderModel.from_pretrained(place, dtype=dtype)
+        model, params = load(place, dtype=dtype)
         return cls(model, params, tokenizers)
 
     def __call__(

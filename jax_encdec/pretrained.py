@@ -46,7 +46,8 @@ class Loaded:
     """A model, its parameters, and what became of each tensor on the way."""
 
     model: EncoderDecoderModel
-    params: Params
+    params: Any
+    """A nested dict of arrays, or with `rows` or `precision` `PreparedParams`."""
     reports: Mapping[str, Report]
     """By origin: the folder of a pair, or "encoder" and "decoder" of a warm start."""
 

@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from jax_encdec.checks import check_ids, check_shape
 from jax_encdec.config import TransformerConfig
-from jax_encdec.decoding.arguments import Source, bucketed, source_arrays, widened
+from jax_encdec.decoding.arguments import Inputs, Source, bucketed, source_arrays, widened
 from jax_encdec.embedding import head_inputs
 from jax_encdec.errors import InputError
 from jax_encdec.layers import Params
@@ -82,8 +82,7 @@ def score(
         raise InputError("score needs target_ids [batch, length]; got none")
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk must be a positive number or None; got {chunk}")
-    source = source_arrays(
-        model,
+    inputs = Inputs(
         source_ids,
         attention_mask,
         token_type_ids,
@@ -91,6 +90,7 @@ def score(
         global_attention_mask,
         encoder_outputs,
     )
+    source = source_arrays(model, inputs)
     assert source.mask is not None
     targets = check_ids("target_ids", target_ids, model.config.target_vocabulary, also=IGNORE)
     if targets.shape[0] != source.mask.shape[0]:

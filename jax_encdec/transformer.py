@@ -107,6 +107,7 @@ def transformer(
         relative=_relative(config, params, order, dtype),
         dropout_key=dropout_key,
         cache_slot=None,
+        cache_prefix=None,
         hidden_states=output_hidden_states,
         attentions=output_attentions,
     )
@@ -267,6 +268,7 @@ def decode_step(
     visible: jax.Array,
     encoder_mask: jax.Array | None,
     dtype: Any,
+    prefixes: tuple[int, ...] = (),
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """Feed one token per lane, `tokens` `[B, K]`: float32 logits `[B, K, V]` and the new caches.
 
@@ -280,11 +282,14 @@ def decode_step(
         visible: boolean `[B, K, slots]` for shared pools or `[B * K, 1, slots]` for own ones: the
             slots on each lane's path, this step's included.
         encoder_mask: `[B, S]` of 0/1.
+        prefixes: static, in steps, ascending, all of them last: each gets a program of its own,
+            and the shortest that holds every step so far is run; none: all slots are looked at.
     """
     _, lanes, slots = visible.shape
     queries = jnp.full((1, lanes), position, jnp.int32)
     keys = (jnp.arange(slots, dtype=jnp.int32) // lanes)[None, :]
-    buckets, bias = _bias(config, params, queries, keys)
+    buckets, bias = _bias(config, params, queries[:, :1], keys)  # all lanes are at one place
+    sizes = tuple(steps * lanes for steps in prefixes)
     call = Call(
         config=config,
         execution=DEFAULT,
@@ -301,6 +306,7 @@ def decode_step(
         relative=None,
         dropout_key=None,
         cache_slot=position * lanes,
+        cache_prefix=attn.Prefix.of(sizes, (position + 1) * lanes) if sizes else None,
         hidden_states=False,
         attentions=False,
     )

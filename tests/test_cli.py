@@ -118,6 +118,33 @@ def test_weights_of_half_the_bytes(folder, capsys):
     assert out.splitlines() == pipe(TEXTS)
 
 
+def test_several_devices_predict_the_same(folder, predictions, tmp_path, capsys):
+    several = ["generate", "--model", folder, "--mesh", "replica=2,tensor=4"]
+    code, out, err = call(capsys, *several, *TEXTS)
+    assert (code, out.splitlines(), err) == (0, predictions, "")
+    code, out, err = call(capsys, *several, TEXTS[0], "--stream")
+    assert (code, out, err) == (0, predictions[0] + "\n", "")
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    files = ["--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt"]
+    code, _, _ = call(capsys, *several[:3], "--mesh", "fsdp=-1", "--batch-size", "8", *files)
+    assert code == 0
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines() == predictions
+    half = ["--precision", "bfloat16", "--num-beams", "3"]
+    one = call(capsys, "generate", "--model", folder, *TEXTS, *half)
+    assert call(capsys, *several, *TEXTS, *half) == one
+
+
+def test_a_mesh_that_does_not_fit_is_refused(folder, capsys):
+    def why(mesh, *more):
+        return refused(capsys, "generate", "--model", folder, *TEXTS, "--mesh", mesh, *more)
+
+    assert "mesh replica=2,tensor=2 takes 4 devices; there are 8" in why("replica=2,tensor=2")
+    assert "got 'tensors'; did you mean 'tensor'" in why("tensors=8")
+    assert "a mesh is written as 'replica=2,fsdp=4,tensor=1'" in why("8")
+    message = "--batch-size is 12, which must divide by replica x fsdp = 8 of the mesh; 8 would do"
+    assert message in why("replica=8", "--batch-size", "12")
+
+
 def test_options_reach_the_search_and_seeds_repeat(folder, capsys):
     flags = ["--do-sample", "--top-k", "5", "--num-return-sequences", "2"]
     flags += ["--bad-words-ids", "[[7]]", "--no-repeat-ngram-size", "2"]

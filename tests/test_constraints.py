@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,73 @@ def test_where_all_that_is_allowed_is_banned_it_comes_all_the_same():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nothing_need_be_allowed_where_no_search_goes(beams):
+    """As in Transformers, which asks at the moment it gets there."""
+    oracle, model, params = pair()
+    ids, mask = source_batch(np.random.default_rng(beams))
+    options = {"num_beams": beams, "max_new_tokens": 6}
+    asked = set()
+
+    def allowed(row, ids):
+        asked.add((row, *np.asarray(ids).tolist()))
+        return [5, 6, 7, EOS] if len(ids) < 5 else [EOS]
+
+    def only_there(row, ids):
+        return allowed(row, ids) if (row, *np.asarray(ids).tolist()) in reached else []
+
+    assert not assert_same_tokens(
+        oracle, model, params, ids, mask, prefix_allowed_tokens_fn=allowed, **options
+    )
+    asked.clear()
+    with torch.no_grad():
+        oracle.generate(
+            input_ids=as_torch(ids), attention_mask=as_torch(mask), do_sample=False,
+            prefix_allowed_tokens_fn=allowed, **options,
+        )  # fmt: skip
+    reached = frozenset(asked)
+    assert len(reached) < len(ids) * sum(3**n for n in range(5))
+    assert not assert_same_tokens(
+        oracle, model, params, ids, mask, prefix_allowed_tokens_fn=only_there, **options
+    )
+
+
+def test_where_a_search_goes_something_must_be_allowed():
+    oracle, model, params = pair()
+    ids, mask = source_batch(np.random.default_rng(9))
+    free = [5, 6, 7, 8]
+    out = model.generate(
+        params, ids, attention_mask=mask, max_new_tokens=5, prefix_allowed_tokens_fn=lambda *_: free
+    )
+    end = np.asarray(out.sequences)[1, :4].tolist()
+
+    def allowed(row, ids):
+        return [] if (row, ids.tolist()) == (1, end) else free
+
+    options = {"max_new_tokens": 5, "prefix_allowed_tokens_fn": allowed}
+    with torch.no_grad(), pytest.raises(ValueError, match="empty list for batch ID 1"):
+        oracle.generate(
+            input_ids=as_torch(ids), attention_mask=as_torch(mask), do_sample=False, **options
+        )
+    message = rf"got none for row 1 after {re.escape(str(end))}"
+    with pytest.raises(InputError, match=message):
+        model.generate(params, ids, attention_mask=mask, **options)
+    pieces = model.stream(params, ids, attention_mask=mask, chunk=3, **options)
+    next(pieces)
+    with pytest.raises(InputError, match=message):
+        next(pieces)
+    with pytest.raises(InputError, match=message):
+        model.generate(params, ids, attention_mask=mask, max_time=1e6, **options)
+    scores = jax.jit(
+        lambda p: model.generate(p, ids, attention_mask=mask, **options).sequences_scores
+    )(params)
+    assert (np.asarray(scores) > -1e6).tolist() == [True, False, True]
+    others = model.generate(params, ids, attention_mask=mask, num_beams=3, **options)
+    for row, sequence in enumerate(np.asarray(others.sequences)):
+        assert row != 1 or sequence[:4].tolist() != end  # Another beam won.
+        assert set(sequence[1:].tolist()) <= set(free)
+
+
 def test_a_grammar_with_states_goes_on_for_ever():
     """Pairs of a letter and a digit: as a function of the prefix, far too many to explore."""
     _, model, params = pair()
@@ -128,6 +196,20 @@ def test_a_grammar_with_states_goes_on_for_ever():
         assert set(said[1::2]) <= set(digits)
     with pytest.raises(InputError, match="more than 50000 prefixes, too many to compile"):
         explored(lambda row, ids: range(10, 20), [[0]], eos_token_id=EOS, max_length=12)
+
+
+def test_tables_may_be_an_argument_of_somebodys_program():
+    _, model, params = pair()
+    ids, mask = source_batch(np.random.default_rng(15))
+    table = allowed_sequences(answers(), eos_token_id=EOS)
+
+    def run(table):
+        return model.generate(
+            params, ids, attention_mask=mask, max_new_tokens=9, prefix_allowed_tokens_fn=table
+        ).sequences
+
+    inside, outside = jax.jit(run)(table), run(table)
+    np.testing.assert_array_equal(inside[:, : outside.shape[1]], outside)
 
 
 def test_constraints_of_a_size_share_a_program():
@@ -201,6 +283,8 @@ def test_what_cannot_be_allowed_is_refused():
         allowed_transitions({"a": {}}, start="a", eos_token_id=2)
     with pytest.raises(InputError, match=r"got none for row 0 after \[0, 5\]"):
         run(lambda row, ids: [5] if len(ids) == 1 else [])
+    with pytest.raises(InputError, match=r"got none for row 2 after \[0\]"):
+        explored(lambda row, ids: [5] * (row < 2), [[0]] * 3, eos_token_id=2, max_length=4)
     with pytest.raises(InputError, match="must lie in the vocabulary, 0 to 52, got 60"):
         run(lambda row, ids: [60, 2] if len(ids) == 1 else [2])
     three = explored(lambda row, ids: [2], [[0]] * 2, eos_token_id=2, max_length=4)

@@ -15,6 +15,7 @@ import trunks
 
 from jax_encdec import EncoderDecoderModel
 from jax_encdec.decoding import engine
+from jax_encdec.decoding.arguments import Inputs, settings_of
 from jax_encdec.decoding.layout import LastPrepared, Layout, _decoder, prepare_params
 from jax_encdec.decoding.programs import compiled_programs, warmup
 from jax_encdec.dense_kernels import TILE, Kernel
@@ -25,7 +26,7 @@ from jax_encdec.trunk_params import unstack
 
 LAYOUTS = [
     Layout(rows=rows, platform=platform)
-    for platform, rows in (("cpu", "one"), ("cpu", "few"), ("gpu", "many"))
+    for platform, rows in (("cpu", "one"), ("cpu", "few"), ("cpu", "some"), ("gpu", "many"))
 ]
 
 
@@ -160,18 +161,30 @@ def test_a_kernel_multiplies_as_the_matrices_it_was_made_of(order, rows, dtype):
         np.testing.assert_allclose(y, expected, atol=1e-5 if dtype is None else 0.1)
 
 
-def test_bfloat16_weights_sum_in_float32_and_never_serve_a_single_row():
+def dtypes_of(prepared) -> tuple[set[str], str]:
+    """Of a block's weights and of the logits'."""
+    decoder = prepared.tree["decoder"]
+    logits = decoder["head"].get("logits", decoder["embedding"]["token"])
+    block = {str(leaf.dtype) for leaf in jax.tree.leaves(decoder["segment_0"])}
+    return block, str(jax.tree.leaves(logits)[0].dtype)
+
+
+def test_bfloat16_weights_sum_in_float32_where_that_is_faster():
+    """On a CPU one row keeps float32, few do but for the head; norms and biases keep theirs."""
     model, params = pair()
-    low = model.prepare(params, rows=4, precision="bfloat16")
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(low.tree["decoder"]["segment_0"])}
-    assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("float32")}  # norms and biases keep theirs
     given = source(model, 2)
     exact = model.generate(params, **given, num_beams=2, max_new_tokens=1)
-    rough = model.generate(low, **given, num_beams=2, max_new_tokens=1)
-    np.testing.assert_allclose(rough.sequences_scores, exact.sequences_scores, atol=0.5)
-    one = model.prepare(params, rows=1, precision="bfloat16", platform="cpu")
-    steps = one.tree["decoder"]["segment_0"][0]["block_0"]["self_attention"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(steps)} == {jnp.dtype("float32")}
+    mixed = {"bfloat16", "float32"}
+    for rows, expected in ((1, ({"float32"}, "float32")), (4, ({"float32"}, "bfloat16")),
+                           (32, (mixed, "bfloat16")), (100, (mixed, "bfloat16"))):  # fmt: skip
+        low = model.prepare(params, rows=rows, precision="bfloat16", platform="cpu")
+        assert dtypes_of(low) == expected
+        assert {str(x.dtype) for x in jax.tree.leaves(low.tree["encoder"])} == {"float32"}
+        rough = model.generate(low, **given, num_beams=2, max_new_tokens=1)
+        np.testing.assert_allclose(rough.sequences_scores, exact.sequences_scores, atol=0.5)
+    low = model.prepare(params, rows=1, precision="bfloat16", platform="tpu")
+    assert dtypes_of(low) == (mixed, "bfloat16")
+    assert "bfloat16" in {str(x.dtype) for x in jax.tree.leaves(low.tree["encoder"])}
 
 
 # Made once ---------------------------------------------------------------------------------------
@@ -266,9 +279,8 @@ def test_warmed_up_programs_are_the_ones_that_generate_uses():
 def test_no_step_copies_a_cache():
     """The loop's program writes keys and values in place, in the layout that products read."""
     model, params = pair()
-    asked, _, _ = engine.request(
-        model, params, *asked_for(model, num_beams=3, max_new_tokens=30), **{}
-    )
+    settings, _ = settings_of(model, None, {"num_beams": 3, "max_new_tokens": 30})
+    asked, _, _ = engine.request(model, params, settings, Inputs(**source(model, 2)))
     text = engine._generate.lower(*asked).compile().as_text()
     slots = asked.spec.capacity * 3
     heads, size = 4, 4
@@ -276,9 +288,3 @@ def test_no_step_copies_a_cache():
     assert all(cache in text for cache in caches)
     loop = re.findall(r"= (f32\[[\d,]+\])\S* (copy|transpose)\(.*while/body", text)
     assert not [shape for shape, _ in loop if shape in caches]
-
-
-def asked_for(model, **options):
-    given = source(model, 2)
-    settings, _ = engine.settings_of(model, None, options)
-    return (settings, given["input_ids"], given["attention_mask"], *(None,) * 8)

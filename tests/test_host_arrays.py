@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_encdec import EncoderDecoderModel, T5Config
+from jax_encdec.convert.tensor_source import aligned
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import InputError
-from jax_encdec.host_arrays import HostArray, aligned, arrange, land
+from jax_encdec.host_arrays import HostArray, arrange, land
 from jax_encdec.pretrained import load
 
 KINDS = ("bert2bert", "bert2gpt2", "bart", "tied", "t5")

@@ -21,6 +21,7 @@ from jax_encdec import (
     make_mesh,
     shard_params,
 )
+from jax_encdec.decoding import streaming
 from jax_encdec.layers import flatten
 from jax_encdec.training import init_state, make_optimizer
 from jax_encdec.training.optimizer_config import OptimizerConfig
@@ -99,11 +100,18 @@ def test_parameters_that_lie_as_in_training_generate_as_they_are(mesh):
     np.testing.assert_array_equal(generated(state.params, "beams"), on_one_device("beams"))
 
 
-def test_a_stream_over_a_mesh_is_that_of_one_device():
+@pytest.mark.parametrize(("mesh", "search"), [("tensor=8", "greedy"), (MESHES[-1], "beams")])
+def test_a_stream_over_a_mesh_is_that_of_one_device_from_as_many_programs(mesh, search):
     model, params = pair()
-    placed = shard_params(model, params, MESHES[-1])
-    *_, last = model.stream(placed, IDS, attention_mask=MASK)
-    np.testing.assert_array_equal(last.output.sequences, on_one_device("greedy"))
+    placed = shard_params(model, params, mesh)
+    programs = (streaming._begin, streaming._proceed, streaming._end)
+    before = [program._cache_size() for program in programs]
+    options = SEARCHES[search] | {"num_return_sequences": 1}
+    *_, last = model.stream(placed, IDS, attention_mask=MASK, chunk=4, **options)
+    best = on_one_device(search)[:: SEARCHES[search].get("num_return_sequences", 1)]
+    sequences = np.asarray(last.output.sequences)
+    np.testing.assert_array_equal(sequences, best[:, : sequences.shape[1]])
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
 
 
 # What the compiler makes of it

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_pairs
 
-from jax_encdec import EncoderDecoderModel, InputError, Text2TextPipeline
+from jax_encdec import ConfigError, EncoderDecoderModel, InputError, Text2TextPipeline
 from jax_encdec.pipeline import TextError
 
 
@@ -73,6 +73,17 @@ def test_text_i_draws_from_the_key_folded_with_i(pipe):
     out = pipe.model.generate(pipe.params, ids, attention_mask=mask, **options)
     expected = pipe.tokenizers.target.decode_batch(np.asarray(out.sequences))
     assert pipe(TEXTS[:4], batch_size=2, **options) == expected
+
+
+def test_a_mesh_takes_the_parameters_as_they_are_read_and_changes_no_text(pipe, tmp_path):
+    folder = tiny_pairs.save(tmp_path)
+    placed = Text2TextPipeline.from_pretrained(folder, mesh={"replica": 2, "tensor": 4})
+    kernel = placed.params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"]
+    assert {part.data.size for part in kernel.addressable_shards} == {kernel.size // 4}
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    assert placed(TEXTS[:5], batch_size=3, **options) == pipe(TEXTS[:5], **options)
+    with pytest.raises(ConfigError, match="mesh tensor=3 takes 3 devices; there are 8"):
+        Text2TextPipeline.from_pretrained(folder, mesh="tensor=3")
 
 
 def test_few_programs_are_compiled(pipe):

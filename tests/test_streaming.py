@@ -14,6 +14,7 @@ from toy_search import FAST_TO_COMPILE, START, VOCAB, make_sources, make_table, 
 from jax_encdec.decoding import search as searches
 from jax_encdec.decoding import streaming
 from jax_encdec.decoding.config import GenerationConfig
+from jax_encdec.decoding.programs import compiled_programs, warmup
 from jax_encdec.decoding.search import prepare
 from jax_encdec.errors import InputError
 
@@ -175,6 +176,25 @@ def test_lengths_of_prompts_and_pieces_compile_nothing_new():
             told, np.asarray(alone.sequences)[0, length + 1 :][: len(told)]
         )
         assert len(told) == int(alone.lengths[0]) - length - 1
+
+
+def test_programs_of_streams_are_counted_and_can_be_had_before():
+    model, params = tiny_pairs.pair()
+    programs = (streaming._begin, streaming._proceed, streaming._end)
+
+    def sizes():
+        return sum(program._cache_size() for program in programs)
+
+    options = {"num_beams": 2, "max_new_tokens": 25}
+    before, count = sizes(), len(compiled_programs())
+    made = warmup(model, params, [(5, 10)], stream=True, **options)
+    assert made == tuple((5, 16, 32, 2, part) for part in ("beginning", "steps", "end"))
+    assert compiled_programs()[count:] == made
+    ids = np.full((5, 12), 9)
+    list(model.stream(params, ids, chunk=5, **options))
+    model.generate(params, ids, max_time=1e6, **options)
+    assert compiled_programs()[count:] == made
+    assert sizes() == before + 3
 
 
 def test_max_time_stops_with_what_there_is(monkeypatch):

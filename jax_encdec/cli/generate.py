@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax_encdec.cli import hub_options, hub_parser
 from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
 from jax_encdec.cli.generation_options import add_generation_options, generation_options
 from jax_encdec.errors import InputError
 from jax_encdec.text_files import KINDS, Record, TextFile, read_texts
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,6 +52,13 @@ def add_parser(subparsers: Any) -> None:
         "--source-column", metavar="NAME", help="column of the input's texts (default: source/text)"
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: 16)")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="split the work over all devices, as in replica=2,tensor=4: texts of a batch over "
+        "replica and fsdp, heads and vocabulary over tensor; of one process; the predictions stay "
+        "the same (default: one device)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "auto"),
@@ -124,15 +135,19 @@ def _generate(
     from jax_encdec.pretrained import read_configs
 
     use_cache(args)
+    mesh = _mesh(args)
     place = hub.resolve(args.model, **hub_options(args))
     config, defaults = read_configs(place)
-    defaults.replace(**options).validate(config.target_vocabulary)
-    pipe = Text2TextPipeline.from_pretrained(place, dtype=args.dtype)
-    if args.precision != "float32":
-        settings = pipe.model.generation_config.replace(**options)
+    settings = defaults.replace(**options)
+    settings.validate(config.target_vocabulary)
+    if mesh is None:
         lanes = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        rows = lanes * fitting_size(total, args.batch_size)
-        pipe.params = pipe.model.prepare(pipe.params, rows=rows, precision=args.precision)
+        layout = {"rows": lanes * fitting_size(total, args.batch_size), "precision": args.precision}
+        pipe = Text2TextPipeline.from_pretrained(place, dtype=args.dtype, **layout)
+    else:
+        pipe = Text2TextPipeline.from_pretrained(place, dtype=args.dtype, mesh=mesh)
+        if args.precision != "float32":  # Kernels stay in the order in which they are split.
+            pipe.params = pipe.model.prepare(pipe.params, precision=args.precision)
     key = jax.random.key(args.seed)
     if args.stream:
         for piece in pipe.stream(args.texts[0], truncation=args.truncation, key=key, **options):
@@ -157,6 +172,22 @@ def _generate(
             f"{done.tokens / done.seconds:,.0f} tokens/s{earlier}: {args.output}",
             file=sys.stderr,
         )
+
+
+def _mesh(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that was asked for; it is to split batches, unless one text is streamed."""
+    if args.mesh is None:
+        return None
+    from jax_encdec.training.sharding import BATCH_AXES, make_mesh
+
+    mesh = make_mesh(args.mesh)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if args.batch_size % parts and not args.stream:
+        raise InputError(
+            f"--batch-size is {args.batch_size}, which must divide by replica x fsdp = {parts} of "
+            f"the mesh; {max(args.batch_size // parts, 1) * parts} would do"
+        )
+    return mesh
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from jax_encdec.checks import (
     check_types,
 )
 from jax_encdec.config import TransformerConfig
+from jax_encdec.decoding import numbers
 from jax_encdec.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
 from jax_encdec.encoder_decoder import EncoderOutput
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
@@ -33,6 +34,20 @@ from jax_encdec.tokenization import bucket_length
 
 if TYPE_CHECKING:
     from jax_encdec.encoder_decoder import EncoderDecoderModel
+
+
+class Inputs(NamedTuple):
+    """What `generate`, `stream` or `score` was given to decode from, unchecked; the sources'
+    `[B, S]`, the decoder prompts' `[B, P]`."""
+
+    input_ids: Any
+    attention_mask: Any = None
+    token_type_ids: Any = None
+    position_ids: Any = None
+    global_attention_mask: Any = None
+    encoder_outputs: Any = None
+    decoder_input_ids: Any = None
+    decoder_attention_mask: Any = None
 
 
 class Source(NamedTuple):
@@ -59,6 +74,15 @@ def checked_name(name: str) -> str:
     if name not in GenerationConfig.__dataclass_fields__ and hint:
         raise InputError(f"generate has no argument {name!r}{hint}")
     return name
+
+
+def settings_of(
+    model: EncoderDecoderModel, config: GenerationConfig | None, options: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A call's configuration, with the special ids from wherever they are defined, and the numbers
+    that it holds as arrays."""
+    named, arrays = numbers.set_aside({checked_name(k): value for k, value in options.items()})
+    return with_ids((config or model.generation_config).replace(**named), model.config), arrays
 
 
 def with_ids(settings: GenerationConfig, config: EncoderDecoderConfig) -> GenerationConfig:
@@ -96,32 +120,25 @@ def random_key(key: Any) -> jax.Array | None:
     raise InputError(f"key must be a random key such as jax.random.key(0); got {key!r}")
 
 
-def source_arrays(
-    model: EncoderDecoderModel,
-    input_ids: Any,
-    mask: Any,
-    token_type_ids: Any,
-    position_ids: Any,
-    global_mask: Any,
-    states: Any,
-) -> Source:
+def source_arrays(model: EncoderDecoderModel, given: Inputs) -> Source:
     """Check what is decoded from; without a mask, one that hides nothing."""
     trunk = model.config.encoder_trunk
+    states: Any = given.encoder_outputs
     if states is None:
-        input_ids, shape = check_inputs("input_ids", input_ids, None, trunk)
+        input_ids, shape = check_inputs("input_ids", given.input_ids, None, trunk)
     else:
         states = states.last_hidden_state if isinstance(states, EncoderOutput) else states
         states = check_states(states, trunk.hidden)
         shape = states.shape[:2]
-        input_ids = check_shape("input_ids", input_ids, shape)
-    mask = check_shape("attention_mask", mask, shape)
+        input_ids = check_shape("input_ids", given.input_ids, shape)
+    mask = check_shape("attention_mask", given.attention_mask, shape)
     return Source(
         input_ids=None if input_ids is None else _int32(input_ids),
         # From the host, so that no shape compiles anything.
         mask=jax.device_put(np.ones(shape, np.int32)) if mask is None else _int32(mask),
-        token_type_ids=check_types(token_type_ids, shape, trunk),
-        position_ids=check_positions("position_ids", position_ids, shape, trunk),
-        global_mask=check_global(global_mask, shape, trunk),
+        token_type_ids=check_types(given.token_type_ids, shape, trunk),
+        position_ids=check_positions("position_ids", given.position_ids, shape, trunk),
+        global_mask=check_global(given.global_attention_mask, shape, trunk),
         states=states,
     )
 

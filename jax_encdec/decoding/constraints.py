@@ -140,6 +140,10 @@ def explored(
 ) -> Constraint:
     """Turn a Python function of the prefix into tables, by asking about every possible prefix.
 
+    After some of them it may allow nothing, as long as no search goes there: beams that do are
+    dropped, and `generate` refuses a sequence that did. (Inside `jit` such a one scores -1e9 or
+    less.)
+
     Args:
         allowed: must always answer the same.
         prompts: the decoder prompt of every row.
@@ -148,7 +152,7 @@ def explored(
         forced_bos_token_id: what follows a prompt of one token whatever is allowed, int or `[B]`.
 
     Raises:
-        InputError: more than `MAX_PREFIXES` prefixes, or one after which nothing is allowed.
+        InputError: more than `MAX_PREFIXES` prefixes, or a prompt after which nothing is allowed.
     """
     ends = _ids(eos_token_id)
     prefixes = [(row, tuple(int(t) for t in prompt)) for row, prompt in enumerate(prompts)]
@@ -170,14 +174,18 @@ def explored(
             if token not in node:
                 node[token] = len(prefixes) if goes_on else None
                 prefixes.extend([(row, (*prefix, token))] if goes_on else [])
-        if not node:
-            raise InputError(
-                f"prefix_allowed_tokens_fn must always allow a token, got none for row {row} "
-                f"after {list(prefix)}"
-            )
+        if not node and len(nodes) < len(prompts):
+            raise _nothing(row, prefix)
         nodes.append(node)
     states, starts = _merged(nodes, range(len(prompts)))
     return _packed(states, np.array(starts, np.int32), ends)
+
+
+def _nothing(row: int, prefix: Iterable[Any]) -> InputError:
+    return InputError(
+        f"prefix_allowed_tokens_fn must allow a token, got none for row {row} after "
+        f"{[int(token) for token in prefix]}"
+    )
 
 
 def _ids(tokens: Any) -> tuple[int, ...]:
@@ -259,6 +267,44 @@ def check(
                 f"forced_bos_token_id ({token}) is not among the tokens allowed first; begin what "
                 "is allowed with it, or set forced_bos_token_id=None"
             )
+
+
+def check_found(
+    constraint: Constraint | None,
+    sequences: ArrayLike,
+    lengths: ArrayLike,
+    prompt_lengths: ArrayLike,
+) -> None:
+    """Check that no sequence went on from where nothing is allowed.
+
+    Args:
+        sequences: `[B * R, T]`, found under the constraint, or as far as they are.
+        lengths: `[B * R]`, prompts included.
+        prompt_lengths: `[B]`.
+
+    Raises:
+        InputError: one did.
+    """
+    if constraint is None:
+        return
+    arrays = (constraint.first, constraint.tokens, constraint.targets)
+    first, tokens, targets = map(np.asarray, arrays)
+    closed = first[1:] == first[:-1]
+    closed[_OVER] = False  # Empty where nothing ends a sequence.
+    if not closed[targets[: first[-1]]].any():
+        return
+    sequences, lengths, begins = map(np.asarray, (sequences, lengths, prompt_lengths))
+    states = np.broadcast_to(constraint.start, len(begins))
+    returned = len(sequences) // len(begins)
+    for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        row = i // returned
+        state = states[row]
+        for place in range(begins[row], length):
+            if closed[state]:
+                raise _nothing(row, sequence[:place])
+            out = slice(first[state], first[state + 1])
+            taken = targets[out][tokens[out] == sequence[place]]
+            state = taken[0] if len(taken) else _OVER
 
 
 # Using one ---------------------------------------------------------------------------------------

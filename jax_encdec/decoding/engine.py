@@ -6,7 +6,9 @@ lengths are rounded up a ladder, so that a changed option or a longer text rarel
 
 Beams of a source share one pool of keys and values: step t of beam k writes slot `t * K + k`,
 which never moves. What a beam may see is its own path through the pool, K numbers per step, and
-reordering beams touches nothing else.
+reordering beams touches nothing else. (A cache per beam, gathered by parents at every step, took
+1.8 to 4.3 times as long on a CPU: `benchmarks/decode_caches.py`.) Of a long pool a step reads only
+a prefix that holds all there is, see `live_prefixes`.
 
 Axis letters: B batch, S source length, T capacity in target tokens, K beams, R returned sequences.
 """
@@ -24,22 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_encdec.attention_kernels import platform
 from jax_encdec.block import LayerCache
 from jax_encdec.decoding import numbers, sharded
 from jax_encdec.decoding.arguments import (
+    Inputs,
     Source,
     bucketed,
-    checked_name,
     decoder_prompt,
     random_key,
+    settings_of,
     source_arrays,
     told,
     widened,
-    with_ids,
     with_room,
 )
 from jax_encdec.decoding.config import GenerationConfig
-from jax_encdec.decoding.constraints import Allowed, Constraint, explored
+from jax_encdec.decoding.constraints import Allowed, Constraint, check_found, explored
 from jax_encdec.decoding.layout import LastPrepared, Layout, PreparedParams, checked, tree_of
 from jax_encdec.decoding.prepare import prepare
 from jax_encdec.decoding.processors import Processor
@@ -58,6 +61,8 @@ from jax_encdec.trunk_params import unstack
 if TYPE_CHECKING:
     from jax_encdec.encoder_decoder import EncoderDecoderModel
     from jax_encdec.tokenization import Tokenizer
+
+LONG = 128  # steps from which on it pays to compile attention to less than the whole cache
 
 
 @flax.struct.dataclass
@@ -177,10 +182,7 @@ def generate(
         ConfigError: the start token is nowhere defined.
     """
     settings, arrays = settings_of(model, generation_config, options)
-    asked, traced, source_length = request(
-        model,
-        params,
-        settings,
+    inputs = Inputs(
         input_ids,
         attention_mask,
         token_type_ids,
@@ -189,9 +191,15 @@ def generate(
         encoder_outputs,
         decoder_input_ids,
         decoder_attention_mask,
-        tokenizer,
-        key,
+    )
+    asked, traced, source_length = request(
+        model,
+        params,
+        settings,
+        inputs,
         arrays=arrays,
+        tokenizer=tokenizer,
+        key=key,
         allowed=prefix_allowed_tokens_fn,
         logits_processors=tuple(logits_processors),
     )
@@ -205,6 +213,8 @@ def generate(
         from jax_encdec.decoding.streaming import generate_until
 
         out = generate_until(asked, settings.max_time)
+    if not traced:
+        check_reached(asked, out.sequences, out.lengths)
     if settings.output_hidden_states or settings.output_attentions:
         from jax_encdec.decoding.inspection import inspect
 
@@ -225,54 +235,30 @@ def generate(
 _LAST = LastPrepared()
 
 
-def settings_of(
-    model: EncoderDecoderModel, config: GenerationConfig | None, options: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A call's configuration, with the special ids from wherever they are defined, and the numbers
-    that it holds as arrays."""
-    named, arrays = numbers.set_aside({checked_name(k): value for k, value in options.items()})
-    return with_ids((config or model.generation_config).replace(**named), model.config), arrays
-
-
 def request(
     model: EncoderDecoderModel,
     params: Any,
     settings: GenerationConfig,
-    input_ids: Any,
-    attention_mask: Any,
-    token_type_ids: Any,
-    position_ids: Any,
-    global_attention_mask: Any,
-    encoder_outputs: Any,
-    decoder_input_ids: Any,
-    decoder_attention_mask: Any,
-    tokenizer: Tokenizer | None,
-    key: jax.Array | None,
+    inputs: Inputs,
     *,
     arrays: numbers.Arrays | None = None,
+    tokenizer: Tokenizer | None = None,
+    key: jax.Array | None = None,
     allowed: Constraint | Allowed | None = None,
     logits_processors: tuple[Processor, ...] = (),
 ) -> tuple[Request, bool, int]:
     """Arguments of `generate` as a request; whether any is a tracer; and S as it was given."""
     config = model.config
     trunk = config.decoder_trunk
-    source = source_arrays(
-        model,
-        input_ids,
-        attention_mask,
-        token_type_ids,
-        position_ids,
-        global_attention_mask,
-        encoder_outputs,
-    )
+    source = source_arrays(model, inputs)
     assert source.mask is not None
     batch, source_length = source.mask.shape
     prompt, lengths = decoder_prompt(
-        decoder_input_ids, decoder_attention_mask, settings, batch, trunk
+        inputs.decoder_input_ids, inputs.decoder_attention_mask, settings, batch, trunk
     )
     arrays = arrays or {}
-    inputs = (params, source, prompt, lengths, key, arrays)
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs))
+    leaves = jax.tree.leaves((params, source, prompt, lengths, key, arrays, allowed))
+    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
     length = prompt.shape[1]
     numbers.check(settings, arrays, batch)
     settings = with_room(settings, trunk, length)
@@ -324,11 +310,17 @@ def request(
         params = checked(config, params)
     else:
         params = _LAST.get(config, params, Layout.choose(batch * spec.lanes))
-    prompt_length = jnp.int32(lengths) if isinstance(lengths, int) else lengths
+    prompt_length = np.int32(lengths) if isinstance(lengths, int) else lengths
     asked = Request(
         config, model.dtype, spec, params, source, prompt, prompt_length, values, random_key(key)
     )
     return asked if traced else sharded.placed(asked), traced, source_length
+
+
+def check_reached(asked: Request, sequences: Any, lengths: Any) -> None:
+    """Refuse sequences that came to where `prefix_allowed_tokens_fn` allows nothing."""
+    begins = np.broadcast_to(asked.prompt_length, len(asked.prompt))
+    check_found(asked.values.processors.constraint, sequences, lengths, begins)
 
 
 def cropped(out: GenerationOutput, length: int) -> GenerationOutput:
@@ -446,6 +438,24 @@ def first_state(
     )
 
 
+def live_prefixes(platform: str, rows: int, capacity: int) -> tuple[int, ...]:
+    """Prefixes of the cache, in steps, of which a step of so many rows reads the shortest that
+    holds something; none: it always reads all.
+
+    Each costs time to compile and, but for the whole, a copy, so that there is none between a
+    quarter and all (CPU; measured by `benchmarks/decode_caches.py`). On accelerators a choice
+    would wait for the host in every layer.
+    """
+    if platform != "cpu":
+        return ()
+    if capacity < LONG:
+        # With one row, XLA would fuse a write into the products that read it, and copy the whole
+        # cache to do so, twice a step: not if they are a branch, even of a choice of one.
+        return (0, capacity) if rows == 1 else ()
+    parts = (4, 1) if capacity < 2 * LONG else (8, 4, 1)
+    return tuple(capacity // part for part in parts)
+
+
 def step_function(
     config: EncoderDecoderConfig,
     dtype: Any,
@@ -457,6 +467,7 @@ def step_function(
     trunk = config.decoder_trunk
     decoder = unstack(trunk, tree_of(config, params)["decoder"])
     lanes, capacity = spec.lanes, spec.capacity
+    where = params.layout.platform if isinstance(params, PreparedParams) else platform()
     position_table = trunk.embedding.position
     skipped = None if position_table is None else position_table.pad_token_id
 
@@ -464,6 +475,7 @@ def step_function(
         state: _State, tokens: jax.Array, parents: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, _State]:
         batch = tokens.shape[0]
+        prefixes = live_prefixes(where, batch * lanes, capacity)
         live, path = jnp.arange(capacity) <= position, None
         if state.path is None:
             visible = jnp.broadcast_to(live, (batch * lanes, 1, capacity))
@@ -487,6 +499,7 @@ def step_function(
             visible=visible,
             encoder_mask=source_mask,
             dtype=dtype,
+            prefixes=prefixes,
         )
         return scores, _State(caches, path, state.pads)
 

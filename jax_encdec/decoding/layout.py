@@ -8,11 +8,12 @@ array as in the parameters.
 
 What is fast was measured (AMD EPYC, 2 threads; times relative to `[in, out]`, float32):
 
-    rows   1       `[out, in]` where more goes in than out: 0.6; the head as `[D, V]`: 0.6 at D 256
-    rows   2 to 8  tiles: 0.3 to 0.8, the most at 2 to 4 rows
-    rows   more    `[in, out]`
-    bfloat16 weights, float32 sums: 0.5 to 0.7 from 2 rows on; at 1 row 12 times slower, so that
-    one row keeps float32, as does the encoder, whose products of many rows are slower in bfloat16
+    rows   1        `[out, in]` where more goes in than out: 0.6; the head as `[D, V]`: 0.6 at D 256
+    rows   2 to 64  tiles: 0.4 to 0.6 up to 16 rows, 0.8 and more beyond; the head only up to 8
+    rows   more     `[in, out]`
+    bfloat16 weights, float32 sums: of tiles' time 0.8 from 16 rows on and no less before, of the
+    head's 0.4 to 0.8 from 2 rows on, as `[V, D]`; 12 times slower at 1 row, and slower for the
+    many rows of an encoder, so that these keep float32
 
 On a CPU nothing is compiled for this: what is made of the parameters is copied by threads, leaf by
 leaf (`host_arrays.py`). From a file it is made so without the parameters themselves ever existing.
@@ -42,7 +43,8 @@ from jax_encdec.pair_params import check_tree, plain_params, with_aliases
 from jax_encdec.trunk_params import unstack
 
 PRECISIONS = ("float32", "bfloat16")
-FEW = 8  # rows up to which tiles are the fastest
+FEW = 8  # rows up to which tiles are the fastest for the head, and not slower than bfloat16
+SOME = 64  # rows up to which tiles are the fastest for the rest
 NARROW = 512  # states so wide or less make a copy of the head worth its memory at one row
 
 
@@ -51,8 +53,8 @@ class Layout:
     """Which orders the matrices of a decode step have.
 
     Attributes:
-        rows: `one`, `few` or `many` at a time; `any`: kernels stay as they are declared, which
-            suits every number of rows and every way to split weights over devices.
+        rows: `one`, `few`, `some` or `many` at a time; `any`: kernels stay as they are declared,
+            which suits every number of rows and every way to split weights over devices.
         platform: `cpu`, `gpu`, `cuda` or `tpu`.
         precision: of the weights that matrices multiply by: `float32` means as they are.
     """
@@ -81,28 +83,36 @@ class Layout:
         platform = platform or current_platform()
         kind = "any"
         if rows is not None:
-            kind = "many" if platform != "cpu" or rows > FEW else "one" if rows == 1 else "few"
+            kinds = ((1, "one"), (FEW, "few"), (SOME, "some")) if platform == "cpu" else ()
+            kind = next((name for most, name in kinds if rows <= most), "many")
         return cls(rows=kind, platform=platform, precision=precision)
 
     @property
+    def head_dtype(self) -> Any:
+        """What the head's weights are cast to; None: they stay."""
+        return None if self.rows == "one" else self._low
+
+    @property
     def step_dtype(self) -> Any:
-        """What weights of a decode step are cast to; None: they stay."""
-        return jnp.bfloat16 if self.precision == "bfloat16" and self.rows != "one" else None
+        """What other weights of a decode step are cast to."""
+        return None if self.rows in ("one", "few") else self._low
 
     @property
     def dtype(self) -> Any:
-        """What other weights are cast to, of matrices that meet many rows at a time."""
-        return jnp.bfloat16 if self.precision == "bfloat16" and self.platform != "cpu" else None
+        """What weights are cast to whose matrices meet many rows at a time."""
+        return None if self.platform == "cpu" else self._low
+
+    @property
+    def _low(self) -> Any:
+        return jnp.bfloat16 if self.precision == "bfloat16" else None
 
     def order(self, inputs: int, outputs: int) -> str:
-        """How a matrix lies."""
-        if self.platform != "cpu" or self.rows in ("many", "any"):
+        """How a matrix of a block lies."""
+        if self.platform != "cpu" or self.step_dtype is not None:
             return "in_out"
-        if self.step_dtype is not None:
-            return "out_in"
-        if self.rows == "few":
+        if self.rows in ("few", "some"):
             return "tiles"
-        return "out_in" if inputs > outputs else "in_out"
+        return "out_in" if self.rows == "one" and inputs > outputs else "in_out"
 
 
 @flax.struct.dataclass
@@ -129,7 +139,8 @@ def prepare_params(
 ) -> PreparedParams:
     """Bring parameters into the layout of inference.
 
-    A pure function, for inside or outside of `jit`. The tokens are the same with any `rows`.
+    A pure function, for inside or outside of `jit`. In float32 the tokens are the same with any
+    `rows`; with bfloat16 they follow what is rounded for so many rows.
 
     Args:
         params: as of `init_params`.
@@ -182,7 +193,7 @@ def read_prepared(
 
 def _prepared(config: EncoderDecoderConfig, params: Any, layout: Layout) -> PreparedParams:
     tree = dict(with_aliases(config, params))
-    if layout.rows != "any" or layout.step_dtype is not None:
+    if layout.rows != "any" or layout.precision != "float32":
         tree["decoder"] = _decoder(config.decoder_trunk, tree["decoder"], layout)
         if layout.dtype is not None:
             tree["encoder"] = _encoder(config.encoder_trunk, tree["encoder"], layout)
@@ -286,13 +297,13 @@ def _head(trunk: TransformerConfig, params: Params, layout: Layout) -> dict[str,
     if "transform" in head:
         head["transform"] = _dense(head["transform"], 1, layout.order, layout.step_dtype)
     kernel = params["embedding"]["token"] if trunk.head.tied else head["kernel"]
-    order, low = "out_in", layout.step_dtype is not None
-    if layout.platform == "cpu" and not low:
+    order = "out_in"  # as it is
+    if layout.platform == "cpu" and layout.head_dtype is None:
         wide = kernel.shape[1] > NARROW
         order = {"one": "out_in" if wide else "in_out", "few": "tiles"}.get(layout.rows, "out_in")
-    if low or order != "out_in":
+    if layout.head_dtype is not None or order != "out_in":
         head.pop("kernel", None)
-        head["logits"] = Kernel.of([kernel.T], 1, order, layout.step_dtype)
+        head["logits"] = Kernel.of([kernel.T], 1, order, layout.head_dtype)
     return head
 
 

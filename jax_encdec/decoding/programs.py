@@ -1,4 +1,4 @@
-"""Compiled programs of `generate`: how many there are, and having them before they are needed.
+"""Compiled programs of searches: how many there are, and having them before they are needed.
 
 A program is compiled for a search's structure and for sizes: batch, source length, capacity. Source
 length and capacity are rounded up a ladder (`tokenization.LADDER`), so that a stream of texts of
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jax_encdec.errors import InputError
@@ -20,13 +19,16 @@ if TYPE_CHECKING:
 
 
 class Program(NamedTuple):
-    """One compiled program of `generate`."""
+    """One compiled program of `generate` or `stream`."""
 
     batch: int
     source_length: int
     capacity: int
     """Target tokens, prompt included, that it has room for."""
     num_beams: int
+    part: str = "whole"
+    """`whole`: a search from beginning to end. One that is watched, by `stream` or for `max_time`,
+    has three programs: `beginning`, `steps` and `end`."""
 
 
 _compiled: list[Program] = []
@@ -38,7 +40,7 @@ def note(program: Program) -> None:
 
 
 def compiled_programs() -> tuple[Program, ...]:
-    """The programs that `generate` has compiled in this process, in order.
+    """The searches that `generate` and `stream` have compiled in this process, in order.
 
     Calls inside somebody's `jit` are part of their program and not counted.
     """
@@ -46,13 +48,19 @@ def compiled_programs() -> tuple[Program, ...]:
 
 
 def warmup(
-    model: EncoderDecoderModel, params: Any, shapes: Iterable[tuple[int, int]], **options: Any
+    model: EncoderDecoderModel,
+    params: Any,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    stream: bool = False,
+    **options: Any,
 ) -> tuple[Program, ...]:
     """Compile what `generate` will need for sources of these shapes, by generating once from each.
 
     Args:
         params: as `generate` will get them.
         shapes: pairs of batch and source length; lengths are rounded up as `generate` does.
+        stream: compile what `stream` will need instead.
         **options: as `generate` will get them. Numbers may differ later, except that the room for
             a target follows from `max_length` or `max_new_tokens`.
 
@@ -62,13 +70,14 @@ def warmup(
     Raises:
         InputError: a shape that is no pair of positive numbers, or as `generate`.
     """
-    from jax_encdec.decoding.engine import generate
-
     before = len(_compiled)
     for shape in shapes:
         if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
             raise InputError(f"shapes are pairs (batch, source length); got {shape!r}")
         ids = np.zeros(shape, np.int32)
-        out = generate(model, params, ids, attention_mask=np.ones_like(ids), **options)
-        jax.block_until_ready(out.sequences)
+        mask = np.ones_like(ids)
+        if stream:
+            list(model.stream(params, ids, attention_mask=mask, **options))
+        else:
+            model.generate(params, ids, attention_mask=mask, **options)
     return tuple(_compiled[before:])

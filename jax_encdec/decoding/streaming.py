@@ -19,17 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_encdec.decoding import search, sharded
+from jax_encdec.decoding.arguments import Inputs, settings_of
 from jax_encdec.decoding.engine import (
     GenerationOutput,
     Request,
+    check_reached,
     cropped,
     first_state,
     flattened,
     request,
-    settings_of,
     step_function,
 )
+from jax_encdec.decoding.programs import Program, note
+from jax_encdec.decoding.task import SearchSpec
 from jax_encdec.errors import InputError
+from jax_encdec.execution import Execution, constrain
 
 if TYPE_CHECKING:
     from jax_encdec.decoding.config import GenerationConfig
@@ -93,10 +97,7 @@ def stream(
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(settings, name):
             raise InputError(f"streaming has no {name}; use generate")
-    asked, traced, source_length = request(
-        model,
-        params,
-        settings,
+    inputs = Inputs(
         input_ids,
         attention_mask,
         token_type_ids,
@@ -105,9 +106,15 @@ def stream(
         encoder_outputs,
         decoder_input_ids,
         decoder_attention_mask,
-        tokenizer,
-        key,
+    )
+    asked, traced, source_length = request(
+        model,
+        params,
+        settings,
+        inputs,
         arrays=arrays,
+        tokenizer=tokenizer,
+        key=key,
         allowed=prefix_allowed_tokens_fn,
         logits_processors=tuple(logits_processors),
     )
@@ -136,8 +143,10 @@ def _pieces(
     while True:
         try:
             sequences, lengths = next(steps)
+            check_reached(asked, sequences, lengths)
         except StopIteration as stop:
             out = cropped(stop.value, source_length)
+            check_reached(asked, out.sequences, out.lengths)
             yield StreamPiece(_new(np.asarray(out.sequences), told, np.asarray(out.lengths)), out)
             return
         yield StreamPiece(_new(sequences, told, lengths), None)
@@ -172,7 +181,8 @@ def _chunks(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(config, dtype, spec, params, source, prompt, prompt_length, values, key) -> search.Carry:
-    return search.start(
+    _count("beginning", spec, source.mask)
+    carry = search.start(
         step_function(config, dtype, spec, params, source.mask),
         first_state(config, dtype, spec, params, source, prompt, prompt_length),
         prompt,
@@ -183,11 +193,14 @@ def _begin(config, dtype, spec, params, source, prompt, prompt_length, values, k
         source_mask=source.mask,
         key=key,
     )
+    now = carry.now
+    return carry._replace(now=now._replace(state=_laid(now.state), lanes=_laid(now.lanes)))
 
 
 # What belongs to the rows may be the caller's own arrays: only the rest is reused in place.
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="now")
 def _proceed(config, dtype, spec, params, source_mask, values, rows, now, until):
+    _count("steps", spec, source_mask)
     carry = search.advance(
         step_function(config, dtype, spec, params, source_mask),
         search.Carry(rows, now),
@@ -202,4 +215,26 @@ def _proceed(config, dtype, spec, params, source_mask, values, rows, now, until)
 
 @partial(jax.jit, static_argnums=0)
 def _end(spec, values, rows, now) -> GenerationOutput:
+    _count("end", spec, rows.source_mask)
     return flattened(search.finish(search.Carry(rows, now), spec=spec, values=values))
+
+
+def _laid(tree: Any) -> Any:
+    """Arrays of rows as the steps leave them on a mesh, if there is one.
+
+    Of what begins as zeros the compiler would give every device the whole, and the steps would
+    need one program for that and another for what they return.
+    """
+    execution = Execution(activation_rules=sharded.GENERATION_RULES.activations)
+
+    def lay(x: jax.Array) -> jax.Array:
+        axes = ("act_batch", "act_heads" if x.ndim == 4 else None, None, None)  # 4: a cache
+        return constrain(execution, x, *axes[: x.ndim])
+
+    return jax.tree.map(lay, tree)
+
+
+def _count(part: str, spec: SearchSpec, source_mask: jax.Array) -> None:
+    """Note the program that is being traced, of a source `[B, S]`."""
+    batch, length = source_mask.shape
+    note(Program(batch, length, spec.capacity, spec.num_beams, part))
