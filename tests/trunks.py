@@ -26,6 +26,7 @@ from jax_encdec.config import (
 )
 from jax_encdec.convert.rules import Part, Rule, linear, match, norm, tensors
 from jax_encdec.convert.tensor_source import TensorInfo
+from jax_encdec.host_arrays import land
 from jax_encdec.layers import Param, tree_map
 from jax_encdec.trunk_params import transformer_params
 
@@ -156,7 +157,7 @@ def read(part: Part, published: Published) -> dict:
     leaves = {p: leaf for p, leaf in flatten_dict(declared).items() if p not in part.aliases}
     plan = match([part], leaves, published, where="the oracle")
     assert not plan.fresh
-    values = dict(plan.leaves(published, leaves, None))
+    values = land(plan.recipes(published, leaves, np.dtype(np.float32)))
     for name, info, make in tensors([part], values):
         assert info == published.info(name)
         np.testing.assert_array_equal(make(), published[name])
