@@ -8,12 +8,13 @@ array as in the parameters.
 
 What is fast was measured (AMD EPYC, 2 threads; times relative to `[in, out]`, float32):
 
-    rows   1        `[out, in]` where more goes in than out: 0.6; the head as `[D, V]`: 0.6 at D 256
-    rows   2 to 64  tiles: 0.4 to 0.6 up to 16 rows, 0.8 and more beyond; the head only up to 8
-    rows   more     `[in, out]`
-    bfloat16 weights, float32 sums: of tiles' time 0.8 from 16 rows on and no less before, of the
-    head's 0.4 to 0.8 from 2 rows on, as `[V, D]`; 12 times slower at 1 row, and slower for the
-    many rows of an encoder, so that these keep float32
+    rows   1       `[out, in]` where more goes in than out: 0.6; the head as `[D, V]`: 0.6 at D 256
+    rows   2 to 8  tiles: 0.4 to 0.6 (at 32 rows 1.5, in a model, where every product has an input
+                   of its own that is repeated for each tile)
+    rows   more    `[in, out]`
+    bfloat16 weights, float32 sums: of the head's time 0.4 to 0.8 from 2 rows on, as `[V, D]`; of
+    the blocks' 0.6 from 9 rows on, and no less than tiles before; 12 times slower at 1 row, and
+    slower for the many rows of an encoder, so that these keep float32
 
 On a CPU nothing is compiled for this: what is made of the parameters is copied by threads, leaf by
 leaf (`host_arrays.py`). From a file it is made so without the parameters themselves ever existing.
@@ -43,8 +44,7 @@ from jax_encdec.pair_params import check_tree, plain_params, with_aliases
 from jax_encdec.trunk_params import unstack
 
 PRECISIONS = ("float32", "bfloat16")
-FEW = 8  # rows up to which tiles are the fastest for the head, and not slower than bfloat16
-SOME = 64  # rows up to which tiles are the fastest for the rest
+FEW = 8  # rows up to which tiles are the fastest
 NARROW = 512  # states so wide or less make a copy of the head worth its memory at one row
 
 
@@ -53,8 +53,8 @@ class Layout:
     """Which orders the matrices of a decode step have.
 
     Attributes:
-        rows: `one`, `few`, `some` or `many` at a time; `any`: kernels stay as they are declared,
-            which suits every number of rows and every way to split weights over devices.
+        rows: `one`, `few` or `many` at a time; `any`: kernels stay as they are declared, which
+            suits every number of rows and every way to split weights over devices.
         platform: `cpu`, `gpu`, `cuda` or `tpu`.
         precision: of the weights that matrices multiply by: `float32` means as they are.
     """
@@ -83,8 +83,7 @@ class Layout:
         platform = platform or current_platform()
         kind = "any"
         if rows is not None:
-            kinds = ((1, "one"), (FEW, "few"), (SOME, "some")) if platform == "cpu" else ()
-            kind = next((name for most, name in kinds if rows <= most), "many")
+            kind = "many" if platform != "cpu" or rows > FEW else "one" if rows == 1 else "few"
         return cls(rows=kind, platform=platform, precision=precision)
 
     @property
@@ -110,7 +109,7 @@ class Layout:
         """How a matrix of a block lies."""
         if self.platform != "cpu" or self.step_dtype is not None:
             return "in_out"
-        if self.rows in ("few", "some"):
+        if self.rows == "few":
             return "tiles"
         return "out_in" if self.rows == "one" and inputs > outputs else "in_out"
 
