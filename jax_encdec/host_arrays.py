@@ -83,11 +83,11 @@ def _landed(array: np.ndarray) -> bool:
     return whole and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
 
 
-def land(tree: Any, device: jax.Device | None = None) -> Any:
+def land(tree: Any, device: Any = None) -> Any:
     """A tree with arrays in the place of recipes; one recipe in two places becomes one array.
 
     Args:
-        device: where what is made goes; None: the default device.
+        device: a `jax.Device`, where what is made goes; None: the default device.
     """
     leaves, treedef = jax.tree.flatten(tree)
     wanted = {id(leaf): leaf for leaf in leaves if isinstance(leaf, HostArray)}
