@@ -9,6 +9,7 @@ size of the input.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,20 +17,23 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jax_encdec.decoding import sharded
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.decoding.layout import PreparedParams
-from jax_encdec.prediction_files import PredictionFile, Printed
+from jax_encdec.prediction_files import Elsewhere, PredictionFile, Printed
 from jax_encdec.prefetch import Prefetch
 from jax_encdec.text_files import Record
 
 if TYPE_CHECKING:
     from jax_encdec.pipeline import Text2TextPipeline
 
+Sink = PredictionFile | Printed | Elsewhere
 WINDOW = 64
 """Batches that are sorted together."""
 _AHEAD = 16  # Batches made ahead of the device.
@@ -133,10 +137,46 @@ def _results(
     return results, tokens
 
 
+@contextlib.contextmanager
+def opened(
+    pipe: Text2TextPipeline,
+    output: str | Path | Printed,
+    begun_with: Mapping[str, Any],
+    restart: bool,
+) -> Iterator[Sink]:
+    """Where predictions go; in a job of several processes the first one writes them.
+
+    Args:
+        begun_with: of `run_settings`.
+        restart: drop what an earlier run left.
+
+    Raises:
+        InputError: as `PredictionFile`, in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        sink: list[Sink] = []
+
+        def open_it() -> dict[str, Any]:
+            if isinstance(output, Printed):
+                own = output
+            else:
+                own = stack.enter_context(PredictionFile(output, begun_with, restart=restart))
+            sink.append(own)
+            return own.state()
+
+        if sharded.spans_processes(pipe.params):
+            from jax_encdec.training.gather import from_first_process
+
+            state = from_first_process(open_it)
+        else:
+            state = open_it()
+        yield sink[0] if sink else Elsewhere(state)
+
+
 def write_predictions(
     pipe: Text2TextPipeline,
     source: Iterable[Record],
-    sink: PredictionFile | Printed,
+    sink: Sink,
     *,
     settings: GenerationConfig,
     batch_size: int,
@@ -191,7 +231,7 @@ def write_predictions(
             first += len(chunk)
 
     tokens = 0
-    with bar(total, resumed, progress) as shown:
+    with bar(total, resumed, progress and not isinstance(sink, Elsewhere)) as shown:
         for batch, results, generated in run_batches(pipe, made(), settings, key):
             window: _Window = batch.window
             window.results.update(results)
@@ -240,8 +280,9 @@ def _fingerprint(pipe: Text2TextPipeline) -> str:
         digest.update(tokenizer.backend.to_str().encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(pipe.params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        elements = np.asarray(leaf).reshape(-1)
-        sample = elements[:: max(1, elements.size // _SAMPLE)]
+        several = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        elements = (leaf if several else np.asarray(leaf)).reshape(-1)
+        sample = sharded.whole(elements[:: max(1, elements.size // _SAMPLE)])
         digest.update(np.ascontiguousarray(sample).view(np.uint8).tobytes())
     return digest.hexdigest()
 

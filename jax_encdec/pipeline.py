@@ -12,7 +12,6 @@ Axis letters: B batch, S source length, R returned sequences.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from jax_encdec.file_generation import (
     bar,
     batches,
     fitting_size,
+    opened,
     run_batches,
     run_settings,
     write_predictions,
 )
-from jax_encdec.prediction_files import PredictionFile, Printed, check_output
+from jax_encdec.prediction_files import Printed, check_output
 from jax_encdec.text_files import Record, TextFile
 from jax_encdec.text_streaming import pieces
 from jax_encdec.tokenization import Tokenizer, TokenizerPair, bucket_length
@@ -101,8 +101,8 @@ class Text2TextPipeline:
             path: a folder, a weight file with its configuration beside it, or a hub repository id.
             dtype: of parameters and computation; None: float32; "auto": as the file has it.
             mesh: devices to generate over, of `make_mesh` or what it takes: "replica=2,tensor=4".
-                Each reads its own part of the parameters; all belong to one process. None: one
-                device.
+                Each reads its own part of the parameters. Of several processes, all make the same
+                calls; each gets the results, and the first one writes the files. None: one device.
             rows, precision: as in `EncoderDecoderModel.from_pretrained`: parameters are read into
                 the layout of inference, for batches times beams of about so many rows.
             revision: branch, tag or commit of a hub repository.
@@ -293,12 +293,9 @@ class Text2TextPipeline:
             others: as in `generate_file`.
         """
         settings, key = self._settings(generation_config, options, batch_size, key)
-        if isinstance(output, Printed):
-            opened: Any = contextlib.nullcontext(output)
-        else:
-            begun_with = run_settings(self, settings, batch_size, key)
-            opened = PredictionFile(output, begun_with, restart=restart)
-        with opened as sink:
+        printed = isinstance(output, Printed)
+        begun_with = {} if printed else run_settings(self, settings, batch_size, key)
+        with opened(self, output, begun_with, restart) as sink:
             return write_predictions(
                 self,
                 source,

@@ -80,6 +80,10 @@ class Printed:
         self.stream = stream
         self.done = 0
 
+    def state(self) -> dict[str, Any]:
+        """What the other processes of a job have to know, see `Elsewhere`; JSON."""
+        return {"done": 0, "digest": "", "kept": {}}
+
     def resume(self, digest: str) -> None:
         """Nothing was kept."""
 
@@ -99,8 +103,43 @@ class Printed:
     def finish(self) -> None:
         """All is printed."""
 
-    def close(self) -> None:
-        """Nothing is held."""
+
+class Elsewhere:
+    """Predictions that another process of the job writes.
+
+    Attributes:
+        done: texts that need not be generated from, as that process says.
+    """
+
+    def __init__(self, state: Mapping[str, Any]):
+        """Args: state: of that process's `PredictionFile`."""
+        self.done, self._digest = state["done"], state["digest"]
+        self._kept = {
+            window: {int(i): made for i, made in results.items()}
+            for window, results in state["kept"].items()
+        }
+
+    def resume(self, digest: str) -> None:
+        """Check that this process reads the texts that the other one does."""
+        if digest != self._digest:
+            raise InputError(
+                f"the first {self.done} texts are not those that process 0 reads; give all "
+                f"processes the same input"
+            )
+
+    def found(self, window: str) -> dict[int, list[str]]:
+        """What the other process has of a window."""
+        return dict(self._kept.get(window, {}))
+
+    def add(self, window: str, results: Mapping[int, Sequence[str]]) -> None:
+        """It is kept elsewhere."""
+
+    def commit(self, window: str, sources: Sequence[str], results: Sequence[Sequence[str]]) -> None:
+        """It is written elsewhere."""
+        self.done += len(sources)
+
+    def finish(self) -> None:
+        """It is finished elsewhere."""
 
 
 class PredictionFile:
@@ -157,6 +196,10 @@ class PredictionFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def state(self) -> dict[str, Any]:
+        """What the other processes of a job have to know, see `Elsewhere`; JSON."""
+        return {"done": self.done, "digest": self._digest, "kept": self._kept}
 
     def resume(self, digest: str) -> None:
         """Check that the first `done` texts of the input are those predicted from.

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_encdec.cli.arguments import positive
 from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
-from jax_encdec.cli.generate import positive
 from jax_encdec.errors import InputError
 
 if TYPE_CHECKING:

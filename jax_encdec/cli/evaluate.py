@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_encdec.cli import hub_options, hub_parser
+from jax_encdec.cli.arguments import positive
 from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
-from jax_encdec.cli.generate import positive
 from jax_encdec.cli.train import explained_memory
 from jax_encdec.errors import InputError
 

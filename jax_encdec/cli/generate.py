@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from jax_encdec.cli import hub_options, hub_parser
+from jax_encdec.cli.arguments import add_job_options, connected, positive
 from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
 from jax_encdec.cli.generation_options import add_generation_options, generation_options
 from jax_encdec.errors import InputError
@@ -56,8 +57,8 @@ def add_parser(subparsers: Any) -> None:
         "--mesh",
         metavar="AXES",
         help="split the work over all devices, as in replica=2,tensor=4: texts of a batch over "
-        "replica and fsdp, heads and vocabulary over tensor; of one process; the predictions stay "
-        "the same (default: one device)",
+        "replica and fsdp, heads and vocabulary over tensor; the predictions stay the same "
+        "(default: one device; of several processes all, texts split)",
     )
     parser.add_argument(
         "--dtype",
@@ -76,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
         "--seed", type=int, default=0, help="of what --do-sample draws (default: 0)"
     )
     parser.add_argument("--truncation", action="store_true", help="cut sources that are too long")
+    add_job_options(parser)
     add_cache_option(parser)
     add_generation_options(parser)
 
@@ -93,16 +95,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.restart:
         raise InputError("--restart needs an --output to begin anew")
     total = sum(1 for _ in source)  # And all lines are well-formed.
-    with _explained(args):
-        _generate(args, options, source, total)
+    with connected(args) as several, _explained(args):
+        if several and args.input == "-":
+            raise InputError("several processes cannot read one standard input; name a file")
+        _generate(args, options, source, total, several)
     return 0
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
 
 
 def _source(args: argparse.Namespace) -> Iterable[Record]:
@@ -124,7 +121,11 @@ def _source(args: argparse.Namespace) -> Iterable[Record]:
 
 
 def _generate(
-    args: argparse.Namespace, options: dict[str, Any], source: Iterable[Record], total: int
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    source: Iterable[Record],
+    total: int,
+    several: bool,
 ) -> None:
     import jax
 
@@ -135,7 +136,7 @@ def _generate(
     from jax_encdec.pretrained import read_configs
 
     use_cache(args)
-    mesh = _mesh(args)
+    mesh = _mesh(args, several)
     place = hub.resolve(args.model, **hub_options(args))
     config, defaults = read_configs(place)
     settings = defaults.replace(**options)
@@ -149,10 +150,13 @@ def _generate(
         if args.precision != "float32":  # Kernels stay in the order in which they are split.
             pipe.params = pipe.model.prepare(pipe.params, precision=args.precision)
     key = jax.random.key(args.seed)
+    first = jax.process_index() == 0
     if args.stream:
         for piece in pipe.stream(args.texts[0], truncation=args.truncation, key=key, **options):
-            print(piece, end="", flush=True)
-        print()
+            if first:
+                print(piece, end="", flush=True)
+        if first:
+            print()
         return
     done = pipe.generate_records(
         source,
@@ -165,7 +169,7 @@ def _generate(
         key=key,
         **options,
     )
-    if args.output:
+    if args.output and first:
         earlier = f" ({done.resumed} of them by an earlier run)" if done.resumed else ""
         print(
             f"{done.texts} predictions in {done.seconds:.1f} s, "
@@ -174,13 +178,13 @@ def _generate(
         )
 
 
-def _mesh(args: argparse.Namespace) -> Mesh | None:
+def _mesh(args: argparse.Namespace, several: bool) -> Mesh | None:
     """The mesh that was asked for; it is to split batches, unless one text is streamed."""
-    if args.mesh is None:
+    if args.mesh is None and not several:
         return None
     from jax_encdec.training.sharding import BATCH_AXES, make_mesh
 
-    mesh = make_mesh(args.mesh)
+    mesh = make_mesh(args.mesh or "replica=-1")
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if args.batch_size % parts and not args.stream:
         raise InputError(

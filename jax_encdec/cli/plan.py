@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_encdec.cli.generate import positive
+from jax_encdec.cli.arguments import positive
 from jax_encdec.errors import InputError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_encdec.cli.arguments import add_job_options, connected
 from jax_encdec.cli.compilation_cache import add_cache_option, use_cache
-from jax_encdec.cli.generate import positive
 from jax_encdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,19 +72,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the configuration as TOML, and as comments what would be done with it",
     )
-    group = parser.add_argument_group(
-        "several processes", "by default as the environment says (JAX_..., SLURM, a TPU pod)"
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num-processes", type=int, metavar="N", help="processes of the job")
-    group.add_argument("--process-id", type=int, metavar="N", help="which one this is, from 0")
-    group.add_argument(
-        "--heartbeat-timeout",
-        type=positive,
-        metavar="SECONDS",
-        help="without a sign of life, after which a process is taken for dead and the others end "
-        "(default: 20)",
-    )
+    add_job_options(parser)
     add_cache_option(parser)
     add_flags(parser)
     add_aliases(parser)
@@ -97,17 +85,10 @@ def run(args: argparse.Namespace) -> int:
         0; or the code of a signal that ended the run early, after a checkpoint.
     """
     config = read(args)
-    from jax_encdec.training.distributed import HEARTBEAT_TIMEOUT, job
     from jax_encdec.training.host_memory import keep_freed_memory
 
     keep_freed_memory()
-    connected = job(
-        args.coordinator,
-        args.num_processes,
-        args.process_id,
-        heartbeat_timeout_seconds=args.heartbeat_timeout or HEARTBEAT_TIMEOUT,
-    )
-    with connected, explained_memory():
+    with connected(args), explained_memory():
         use_cache(args)
         if args.dry_run:
             return _dry_run(config)

@@ -214,6 +214,7 @@ def generate(
 
         out = generate_until(asked, settings.max_time)
     if not traced:
+        out = sharded.whole(out)
         check_reached(asked, out.sequences, out.lengths)
     if settings.output_hidden_states or settings.output_attentions:
         from jax_encdec.decoding.inspection import inspect
@@ -228,7 +229,7 @@ def generate(
             hidden_states=bool(settings.output_hidden_states),
             attentions=bool(settings.output_attentions),
         )
-        out = dataclasses.replace(out, **seen)
+        out = dataclasses.replace(out, **(seen if traced else sharded.whole(seen)))
     return out if traced else cropped(out, source_length)
 
 

@@ -6,7 +6,8 @@
 
 It runs where the parameters are. Inputs are laid beside them, the compiler splits everything in
 between, caches included, and the tokens are those of one device. Rows are independent, so that
-devices that split them exchange one bit per step: whether all are done.
+devices that split them exchange one bit per step: whether all are done. The mesh may be that of a
+job of several processes: all call with the same arguments, and each gets the whole result.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -100,6 +102,34 @@ def placed(asked: Request) -> Request:
     return asked._replace(
         params=gathered(asked.params), source=source, prompt=prompt, prompt_length=length
     )
+
+
+def spans_processes(params: Any) -> bool:
+    """Whether parameters lie on devices of several processes."""
+    mesh = mesh_of(params)
+    return mesh is not None and mesh.is_multi_process
+
+
+def whole(tree: Any) -> Any:
+    """A tree whose arrays this process can read: what it lacks comes from the other processes."""
+
+    def fetched(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(fetched, tree)
+
+
+def agreed(params: Any, late: bool) -> bool:
+    """What the first process says, where parameters lie on devices of several: clocks differ."""
+    if not spans_processes(params):
+        return late
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
 
 
 def gathered(params: Any) -> Any:

@@ -172,11 +172,13 @@ def _chunks(
             now, sequences, lengths, more = _proceed(
                 *static, params, source.mask, asked.values, carry.rows, now, np.int32(until)
             )
-        if not more or (max_time is not None and time.monotonic() - began > max_time):
+        late = max_time is not None and time.monotonic() - began > max_time
+        if not more or (max_time is not None and sharded.agreed(params, late)):
             break
+        sequences, lengths = sharded.whole((sequences, lengths))
         yield np.asarray(sequences), np.asarray(lengths)
     with sharded.running(params):
-        return _end(asked.spec, asked.values, carry.rows, now)
+        return sharded.whole(_end(asked.spec, asked.values, carry.rows, now))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -267,7 +267,7 @@ def _last_words(error: BaseException) -> int:
     if reason := _lost_peer(error):
         print(
             f"{who}: another process of the job is gone ({reason}); start the job again, and it "
-            "goes on from the last committed step",
+            "goes on from what was saved last",
             file=sys.stderr,
         )
         return EXIT_PEER_LOST

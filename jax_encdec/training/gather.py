@@ -57,6 +57,26 @@ def on_first_process(
     return result
 
 
+def from_first_process(make: Callable[[], Any]) -> Any:
+    """What the first process makes, as JSON holds it; what it raises of ours, all raise."""
+    told: dict[str, Any] = {}
+    if first_process():
+        try:
+            told["made"] = make()
+        except EncDecError as error:
+            told["error"] = str(error)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        data = np.frombuffer(json.dumps(told).encode(), np.uint8)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+        data = data if first_process() else np.zeros(size, np.uint8)
+        told = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
+    if "error" in told:
+        raise InputError(told["error"])
+    return told["made"]
+
+
 def gathered(params: Any, *, keep: bool = True) -> Any:
     """Parameters that lie across processes, as whole NumPy arrays; in one process as they are.
 
