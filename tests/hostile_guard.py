@@ -67,6 +67,7 @@ class Guard:
         """Start; `warm` are command lines whose modules are imported before any is forked."""
         quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         quiet["MALLOC_ARENA_MAX"] = "1"  # else each thread reserves 64 MB that nobody asked for
+        quiet["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # it would be written to
         self._server = subprocess.Popen(
             [sys.executable, "-W", "error", __file__],
             stdin=subprocess.PIPE,

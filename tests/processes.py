@@ -33,12 +33,9 @@ class Job:
         slurm: bool = False,
         cwd: Path | None = None,
     ):
-        flags = f"--xla_force_host_platform_device_count={devices} "
-        flags += "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        # The last of two flags counts.
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         shared = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        # What is compiled the same way again is taken from here.
-        shared |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        shared |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.folder = folder
         self.processes, self.outputs = [], []
         port = free_port()

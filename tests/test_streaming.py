@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,8 @@ def test_max_time_stops_with_what_there_is(monkeypatch):
     whole = model.generate(params, ids, **options)
     assert int(whole.lengths.max()) == 31
     clock = iter(range(100))
-    monkeypatch.setattr(streaming.time, "monotonic", lambda: float(next(clock)))
+    time = SimpleNamespace(monotonic=lambda: float(next(clock)))  # JAX keeps its own
+    monkeypatch.setattr(streaming, "time", time)
     out = model.generate(params, ids, max_time=1.5, **options)  # Two chunks of one "second" each.
     assert out.sequences.shape == (2, 1 + 2 * streaming.CHUNK)
     short = model.generate(params, ids, **{**options, "max_new_tokens": 2 * streaming.CHUNK})

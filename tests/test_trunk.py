@@ -2,7 +2,7 @@
 
 Pads change nothing, the future changes nothing, packed texts do not see each other, decoding token
 by token equals the whole forward pass, layers may be scanned or not, and depth costs no compile
-time.
+time. Inputs are made and outputs compared by NumPy: each operation of JAX's would be compiled.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from jax_encdec.trunk_params import transformer_params, unstack
 run = jax.jit(
     transformer, static_argnums=0, static_argnames=("output_hidden_states", "output_attentions")
 )
+positions = jax.jit(learned_positions, static_argnums=(0, 2))
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -106,9 +107,9 @@ def params_of(trunk: TransformerConfig) -> Any:
     return lively(trunk, seed=3)
 
 
-def text(seed: int, *shape: int) -> jax.Array:
+def text(seed: int, *shape: int) -> np.ndarray:
     """Random tokens, none of them a pad."""
-    return jnp.asarray(np.random.default_rng(seed).integers(2, 37, shape), jnp.int32)
+    return np.random.default_rng(seed).integers(2, 37, shape).astype(np.int32)
 
 
 def source(trunk: TransformerConfig, batch: int = 2, length: int = 6) -> dict[str, Any]:
@@ -124,12 +125,13 @@ def source(trunk: TransformerConfig, batch: int = 2, length: int = 6) -> dict[st
 
 
 def close(ours: Any, theirs: Any) -> None:
-    atol = 1e-5 * max(1.0, float(jnp.max(jnp.abs(theirs))))
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=atol)
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    atol = 1e-5 * max(1.0, float(np.max(np.abs(theirs))))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
-def states(trunk: TransformerConfig, ids: Any, **inputs: Any) -> jax.Array:
-    return run(trunk, params_of(trunk), ids, **inputs).last_hidden_state
+def states(trunk: TransformerConfig, ids: Any, **inputs: Any) -> np.ndarray:
+    return np.asarray(run(trunk, params_of(trunk), ids, **inputs).last_hidden_state)
 
 
 # What a position may see -------------------------------------------------------------------------
@@ -139,16 +141,16 @@ def states(trunk: TransformerConfig, ids: Any, **inputs: Any) -> jax.Array:
 def test_pads_on_the_right_change_nothing(trunk):
     ids, given = text(0, 2, 7), source(trunk)
     bare = states(trunk, ids, **given)
-    wide = jnp.pad(ids, ((0, 0), (0, 4)), constant_values=PAD)
-    mask = (jnp.arange(11) < 7).astype(jnp.int32)[None].repeat(2, 0)
+    wide = np.pad(ids, ((0, 0), (0, 4)), constant_values=PAD)
+    mask = (np.arange(11) < 7).astype(np.int32)[None].repeat(2, 0)
     close(states(trunk, wide, attention_mask=mask, **given)[:, :7], bare)
 
 
 @pytest.mark.parametrize("name", ["roberta", "modernbert", "t5"])
 def test_pads_on_the_left_change_nothing_where_positions_are_relative_or_skip_pads(name):
     trunk, ids = ENCODERS[name], text(0, 2, 7)
-    wide = jnp.pad(ids, ((0, 0), (4, 0)), constant_values=PAD)
-    mask = (jnp.arange(11) >= 4).astype(jnp.int32)[None].repeat(2, 0)
+    wide = np.pad(ids, ((0, 0), (4, 0)), constant_values=PAD)
+    mask = (np.arange(11) >= 4).astype(np.int32)[None].repeat(2, 0)
     close(states(trunk, wide, attention_mask=mask)[:, 4:], states(trunk, ids))
 
 
@@ -164,8 +166,9 @@ def test_pads_of_the_source_change_nothing(trunk):
 @everyone
 def test_a_later_token_changes_earlier_states_only_where_attention_looks_ahead(trunk):
     ids, given = text(0, 2, 7), source(trunk)
-    other = ids.at[:, 4].set(ids[:, 4] % 30 + 3)
-    change = jnp.abs(states(trunk, ids, **given) - states(trunk, other, **given)).max((0, 2))
+    other = ids.copy()
+    other[:, 4] = ids[:, 4] % 30 + 3
+    change = np.abs(states(trunk, ids, **given) - states(trunk, other, **given)).max((0, 2))
     assert float(change[4:].min()) > 1e-3
     if trunk.causal:
         assert float(change[:4].max()) < 1e-6
@@ -193,8 +196,8 @@ def test_packed_pairs_are_as_if_alone(trunk):
         segment_ids=segments,
         position_ids=places,
         encoder_states=given,
-        encoder_mask=jnp.asarray([[1, 1, 1, 1, 1, 1, 0]]),
-        encoder_segment_ids=jnp.asarray([[1, 1, 1, 1, 2, 2, 2]]),
+        encoder_mask=np.array([[1, 1, 1, 1, 1, 1, 0]], np.int32),
+        encoder_segment_ids=np.array([[1, 1, 1, 1, 2, 2, 2]], np.int32),
     )
     for (start, end), one, its in zip(
         spans(lengths), ids, (given[:, :4], given[:, 4:6]), strict=True
@@ -202,13 +205,13 @@ def test_packed_pairs_are_as_if_alone(trunk):
         close(together[:, start:end], states(trunk, one, encoder_states=its))
 
 
-def packed(ids: list[jax.Array], pads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def packed(ids: list[np.ndarray], pads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Texts `[1, L]` in one row: tokens, segments counted from one, positions from zero."""
     lengths = [x.shape[1] for x in ids]
-    row = jnp.concatenate([*ids, jnp.full((1, pads), PAD, jnp.int32)], axis=1)
+    row = np.concatenate([*ids, np.full((1, pads), PAD, np.int32)], axis=1)
     segments = np.repeat([*range(1, len(ids) + 1), 0], [*lengths, pads])[None]
     places = np.concatenate([np.arange(n) for n in (*lengths, pads)])[None]
-    return row, jnp.asarray(segments), jnp.asarray(places)
+    return row, segments.astype(np.int32), places.astype(np.int32)
 
 
 def spans(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -218,7 +221,7 @@ def spans(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 @everyone
 def test_a_row_that_hides_everything_stays_finite_and_so_do_its_gradients(trunk):
-    mask, given = jnp.asarray([[1] * 5, [0] * 5]), source(trunk)
+    mask, given = np.array([[1] * 5, [0] * 5]), source(trunk)
     if given:
         given["encoder_mask"] = np.array([[1] * 6, [0] * 6])
 
@@ -227,7 +230,7 @@ def test_a_row_that_hides_everything_stays_finite_and_so_do_its_gradients(trunk)
         return jnp.sum(jnp.sin(out.last_hidden_state))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params_of(trunk))
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in [value, *jax.tree.leaves(grads)])
+    assert all(np.isfinite(leaf).all() for leaf in [value, *jax.tree.leaves(grads)])
 
 
 def test_a_query_that_sees_nothing_averages_all_values():
@@ -249,17 +252,18 @@ def test_a_query_that_sees_nothing_averages_all_values():
 @pytest.mark.parametrize("bad", [-1, 37, 2**31 - 1])
 def test_a_token_outside_the_vocabulary_is_nan_and_nobody_elses(trunk, bad):
     ids = text(0, 2, 7)
-    found = states(trunk, ids.at[1, 2].set(bad), **source(trunk))
-    assert bool(jnp.isnan(found[1, 2]).all())
-    assert bool(jnp.isfinite(found[0]).all())
+    ids[1, 2] = bad
+    found = states(trunk, ids, **source(trunk))
+    assert np.isnan(found[1, 2]).all()
+    assert np.isfinite(found[0]).all()
 
 
 def test_a_position_or_type_outside_its_table_is_nan():
     trunk = BERT.to_trunk("encoder")
-    beyond = states(trunk, text(0, 1, 5), position_ids=jnp.asarray([[0, 1, 2, 3, 40]]))
-    assert bool(jnp.isnan(beyond[0, 4]).all())
-    typed = states(trunk, text(0, 1, 5), token_type_ids=jnp.asarray([[0, 1, 0, 1, 2]]))
-    assert bool(jnp.isnan(typed[0, 4]).all())
+    beyond = states(trunk, text(0, 1, 5), position_ids=np.array([[0, 1, 2, 3, 40]]))
+    assert np.isnan(beyond[0, 4]).all()
+    typed = states(trunk, text(0, 1, 5), token_type_ids=np.array([[0, 1, 0, 1, 2]]))
+    assert np.isnan(typed[0, 4]).all()
 
 
 # Decoding ----------------------------------------------------------------------------------------
@@ -273,13 +277,15 @@ def test_decoding_step_by_step_equals_the_whole_forward_pass(trunk, lanes, share
     params, given = params_of(trunk), source(trunk)
     rng = np.random.default_rng(lanes)
     width = lanes if shared else 1  # lanes of one pool
-    caches = init_caches(
-        trunk,
-        unstack(trunk, params),
-        given["encoder_states"],
-        pools=batch * lanes // width,
-        slots=capacity * width,
-    )
+
+    @jax.jit
+    def begin(params):
+        layers = unstack(trunk, params)
+        pools, slots = batch * lanes // width, capacity * width
+        caches = init_caches(trunk, layers, given["encoder_states"], pools=pools, slots=slots)
+        return layers, caches
+
+    straight, caches = begin(params)
     step = jax.jit(functools.partial(decode_step, trunk, dtype=jnp.float32))
 
     @jax.jit
@@ -301,20 +307,20 @@ def test_decoding_step_by_step_equals_the_whole_forward_pass(trunk, lanes, share
         np.put_along_axis(visible[:, :, : t + 1], path[:, :, : t + 1, None], True, axis=3)
         places = np.full_like(tokens, t)
         if trunk.embedding.position is not None:
-            texts = jnp.asarray(history.reshape(-1, steps))[:, : t + 1]
-            last = learned_positions(trunk.embedding.position, texts, t + 1)[:, -1]
-            places = jnp.broadcast_to(last, batch * lanes).reshape(batch, lanes)
+            every = positions(trunk.embedding.position, history.reshape(-1, steps), steps)
+            last = np.asarray(every)[:, t]  # Later tokens change no earlier position.
+            places = np.broadcast_to(last, batch * lanes).reshape(batch, lanes)
         scores, caches = step(
-            unstack(trunk, params),
+            straight,
             tokens,
             caches,
-            position=jnp.int32(t),
+            position=np.int32(t),
             token_positions=places,
             visible=visible.reshape(*path.shape[:2], -1),
             encoder_mask=given["encoder_mask"],
         )
-        expected = whole(history.reshape(-1, steps))[:, t]
-        close(scores.reshape(batch * lanes, -1), expected)
+        expected = np.asarray(whole(history.reshape(-1, steps)))[:, t]
+        close(np.asarray(scores).reshape(batch * lanes, -1), expected)
 
 
 # Layers, scanned or not --------------------------------------------------------------------------
@@ -331,8 +337,10 @@ def test_scanned_layers_equal_unstacked_layers_with_dropout_and_all_that_is_let_
         "output_attentions": True,
         **source(trunk),
     }
-    scanned = run(trunk, params_of(trunk), text(0, 2, 5), **more)
-    straight = run(trunk, unstack(trunk, params_of(trunk)), text(0, 2, 5), **more)
+    stacked = params_of(trunk)
+    unstacked = jax.jit(unstack, static_argnums=0)(trunk, stacked)
+    scanned = run(trunk, stacked, text(0, 2, 5), **more)
+    straight = run(trunk, unstacked, text(0, 2, 5), **more)
     assert jax.tree.structure(scanned) == jax.tree.structure(straight)
     for ours, theirs in zip(jax.tree.leaves(scanned), jax.tree.leaves(straight), strict=True):
         close(ours, theirs)
@@ -341,7 +349,8 @@ def test_scanned_layers_equal_unstacked_layers_with_dropout_and_all_that_is_let_
     assert len(scanned.hidden_states) == trunk.layers + 1
     assert len(scanned.attentions) == trunk.layers
     close(scanned.hidden_states[-1], scanned.last_hidden_state)
-    close(scanned.attentions[0].sum(-1), jnp.ones(scanned.attentions[0].shape[:-1]))
+    weights = np.asarray(scanned.attentions[0])
+    close(weights.sum(-1), np.ones(weights.shape[:-1]))
 
 
 def deeper(trunk: TransformerConfig, repeat: int) -> TransformerConfig:
