@@ -297,6 +297,8 @@ class Side:
 def _work(name: str, folder: str, cache: str, pipe: Connection, rows: str) -> None:
     """Answer cells with (seconds, sequences, peak MiB), after saying that the model is loaded."""
     opener, mode = SIDES[name]
+    # Else a libtpu that happens to be installed is loaded: 100 MiB and a third of a second.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true" if cache else "false"
     if cache:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache

@@ -176,7 +176,7 @@ def test_bfloat16_weights_sum_in_float32_where_that_is_faster():
     exact = model.generate(params, **given, num_beams=2, max_new_tokens=1)
     mixed = {"bfloat16", "float32"}
     for rows, expected in ((1, ({"float32"}, "float32")), (4, ({"float32"}, "bfloat16")),
-                           (32, (mixed, "bfloat16")), (100, (mixed, "bfloat16"))):  # fmt: skip
+                           (9, (mixed, "bfloat16")), (100, (mixed, "bfloat16"))):  # fmt: skip
         low = model.prepare(params, rows=rows, precision="bfloat16", platform="cpu")
         assert dtypes_of(low) == expected
         assert {str(x.dtype) for x in jax.tree.leaves(low.tree["encoder"])} == {"float32"}
@@ -185,6 +185,14 @@ def test_bfloat16_weights_sum_in_float32_where_that_is_faster():
     low = model.prepare(params, rows=1, precision="bfloat16", platform="tpu")
     assert dtypes_of(low) == (mixed, "bfloat16")
     assert "bfloat16" in {str(x.dtype) for x in jax.tree.leaves(low.tree["encoder"])}
+
+
+def test_float32_tiles_are_for_2_to_16_rows():
+    model, params = pair()
+    for rows, expected in ((1, False), (2, True), (16, True), (17, False), (None, False)):
+        prepared = model.prepare(params, rows=rows, platform="cpu")
+        kernels = jax.tree.leaves(prepared.tree["decoder"], is_leaf=lambda x: isinstance(x, Kernel))
+        assert any(isinstance(k, Kernel) and k.order == "tiles" for k in kernels) == expected
 
 
 # Made once ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from toy_search import (
 
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.decoding.search import prepare, search
-from jax_encdec.decoding.top_k import top_k
+from jax_encdec.decoding.top_k import first_largest, top_k
 from jax_encdec.errors import InputError
 
 # --- the oracle: transformers.generate -------------------------------------------------------
@@ -412,7 +412,9 @@ def test_search_stops_as_soon_as_every_row_is_done(mode):
 def test_banning_every_token_gives_no_nan(mode):
     table = make_table(10)
     ids, mask = make_sources(np.random.default_rng(10), 2)
-    options = {"max_length": 6, "suppress_tokens": list(range(VOCAB)), **MODES[mode]}
+    # All but one are suppressed, and that one is a bad word.
+    banned = {"suppress_tokens": list(range(VOCAB - 1)), "bad_words_ids": [[VOCAB - 1]]}
+    options = {"max_length": 6, **banned, **MODES[mode]}
     out = ours(table, ids, mask, options)
     assert not np.isnan(out.sequences_scores).any()
     assert ((out.sequences >= 0) & (out.sequences < VOCAB)).all()
@@ -527,3 +529,8 @@ def test_the_best_few_are_those_of_top_k_ties_included(seed, levels, banned):
             scores[:, rng.permutation(vocab)[: vocab - n // 2]] = -np.inf
         for got, expected in zip(top_k(scores, n), jax.lax.top_k(scores, n), strict=True):
             np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(first_largest(scores), scores.argmax(axis=-1))
+
+
+def test_the_largest_of_nothing_but_banned_is_the_first():
+    assert first_largest(np.full((2, 5), -np.inf, np.float32)).tolist() == [0, 0]

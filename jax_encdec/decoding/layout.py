@@ -9,9 +9,9 @@ array as in the parameters.
 What is fast was measured (AMD EPYC, 2 threads; times relative to `[in, out]`, float32):
 
     rows   1       `[out, in]` where more goes in than out: 0.6; the head as `[D, V]`: 0.6 at D 256
-    rows   2 to 8  tiles: 0.4 to 0.6 (at 32 rows 1.5, in a model, where every product has an input
-                   of its own that is repeated for each tile)
-    rows   more    `[in, out]`
+    rows   2 to 8  tiles: 0.4 to 0.6; up to 16: 0.7 to 0.8
+    rows   more    `[in, out]`: with tiles 0.9 to 1.1 at 32 rows and 1.3 at 64, where every product
+                   has an input of its own that is repeated for each tile
     bfloat16 weights, float32 sums: of the head's time 0.4 to 0.8 from 2 rows on, as `[V, D]`; of
     the blocks' 0.6 from 9 rows on, and no less than tiles before; 12 times slower at 1 row, and
     slower for the many rows of an encoder, so that these keep float32
@@ -44,7 +44,7 @@ from jax_encdec.pair_params import check_tree, plain_params, with_aliases
 from jax_encdec.trunk_params import unstack
 
 PRECISIONS = ("float32", "bfloat16")
-FEW = 8  # rows up to which tiles are the fastest
+FEW = {"float32": 16, "bfloat16": 8}  # rows up to which float32 tiles are the fastest
 NARROW = 512  # states so wide or less make a copy of the head worth its memory at one row
 
 
@@ -83,7 +83,8 @@ class Layout:
         platform = platform or current_platform()
         kind = "any"
         if rows is not None:
-            kind = "many" if platform != "cpu" or rows > FEW else "one" if rows == 1 else "few"
+            few = platform == "cpu" and rows <= FEW[precision]
+            kind = "many" if not few else "one" if rows == 1 else "few"
         return cls(rows=kind, platform=platform, precision=precision)
 
     @property

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_encdec.decoding.task import SearchOutput, Task, column, gumbel, set_column
+from jax_encdec.decoding.top_k import first_largest
 
 
 class Single(NamedTuple):
@@ -43,7 +44,7 @@ def grow(task: Task, now: Single, logits: Array, cur_len: Array) -> tuple[Single
     scores = task.processed(logits, now.sequences, cur_len)
     keys = task.rows.keys
     noise = 0.0 if keys is None else gumbel(keys, cur_len, scores.shape[-1])
-    token = jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)  # [B, K]
+    token = first_largest(scores + noise)  # [B, K]
     chosen = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0]
     total = jax.nn.logsumexp(scores, axis=-1)
     # When everything is banned there is no distribution; the score says so without a NaN.

@@ -64,3 +64,14 @@ def _own_top_k(x: Array, k: int) -> tuple[Array, Array]:
     inside = jnp.take_along_axis(x, jnp.minimum(indices, size - 1), axis=-1)
     values, place = lax.top_k(jnp.where(indices < size, inside, smallest), k)
     return values, jnp.take_along_axis(indices, place, axis=-1)
+
+
+def first_largest(x: Array) -> Array:
+    """Where the largest number of `x [..., V]` stands, the first of equal ones: int32 `[...]`.
+
+    What `argmax` finds, in two plain reductions: XLA's carries a value and a place from number to
+    number, which on a CPU took one thread a tenth of a small model's step.
+    """
+    smaller = x < jnp.max(x, axis=-1, keepdims=True)
+    place = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(smaller, jnp.int32(x.shape[-1] - 1), place), axis=-1)
