@@ -10,6 +10,7 @@ Axis letters: B batch, S source length, T target length, D hidden size, V vocabu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -431,6 +432,15 @@ class EncoderDecoderModel(nn.Module):
         return with_aliases(self.config, self._params)
 
     # Around the forward pass: plain functions of the model and params ----------------------------
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """The forward pass, or another `method`, with `{"params": params}`; see flax."""
+        if not isinstance(variables, Mapping) or "params" not in variables:
+            raise InputError('apply takes the parameters as {"params": params}')
+        if not isinstance(variables["params"], Mapping):
+            plain_params(variables)  # Says what it is instead.
+        return super().apply(variables, *args, **options)
 
     @nn.nowrap
     def init_params(self, key: jax.Array) -> dict[str, Any]:

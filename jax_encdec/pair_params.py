@@ -45,7 +45,9 @@ def plain_params(params: Any) -> dict[str, Any]:
     if isinstance(params, Mapping) and set(params) == {"params"}:
         params = params["params"]
     if not isinstance(params, Mapping):
-        raise InputError(f"params must be a nested dict of arrays; got {type(params).__name__}")
+        kind = type(params).__name__
+        hint = "; what prepare made is for generate and stream" if kind == "PreparedParams" else ""
+        raise InputError(f"params must be a nested dict of arrays; got {kind}{hint}")
     return dict(nn.meta.unbox(params))
 
 

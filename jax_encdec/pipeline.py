@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_encdec import hub
+from jax_encdec.decoding.arguments import config_of, random_key
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.encoder_decoder import EncoderDecoderModel
 from jax_encdec.errors import InputError, nearest
@@ -415,15 +416,17 @@ class Text2TextPipeline:
     ) -> tuple[GenerationConfig, jax.Array | None]:
         """The options, complete and checked as far as they can be here; and the key if needed."""
         for name in options:
+            if name in ("logits_processors", "prefix_allowed_tokens_fn"):
+                raise InputError(f"{name} is an argument of model.generate, not of the pipeline")
             hint = nearest(name, _ARGUMENTS)
             if name not in GenerationConfig.__dataclass_fields__ and hint:
                 raise InputError(f"the pipeline has no argument {name!r}{hint}")
-        settings = (config or self.model.generation_config).replace(**options)
+        settings = config_of(self.model, config).replace(**options)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a positive integer; got {batch_size!r}")
         if settings.do_sample and key is None:
             raise InputError("do_sample=True needs a random key: pass key=jax.random.key(seed)")
-        return settings, key if settings.do_sample else None
+        return settings, random_key(key) if settings.do_sample else None
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:

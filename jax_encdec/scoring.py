@@ -10,10 +10,12 @@ Axis letters: B batch, S source length, T target length, V vocabulary, W width o
 from __future__ import annotations
 
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jax_encdec.checks import check_ids, check_shape
@@ -80,8 +82,10 @@ def score(
     """
     if target_ids is None:
         raise InputError("score needs target_ids [batch, length]; got none")
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk must be a positive number or None; got {chunk}")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise InputError(f"chunk must be a positive number or None; got {chunk!r}")
+    if not isinstance(length_penalty, Real | np.ndarray | jax.Array):
+        raise InputError(f"length_penalty must be a number; got {length_penalty!r}")
     inputs = Inputs(
         source_ids,
         attention_mask,

@@ -171,8 +171,8 @@ def test_any_json_gives_a_usable_config_or_one_clear_error(data):
         (
             {"guidance_scale": 1.5},
             "guidance_scale=1.5 is not implemented (in an encoder-decoder Transformers' "
-            "unconditional pass has no source to run on, and fails); leave it out or pass "
-            "guidance_scale=1",
+            "unconditional pass has no source: it fails, or takes the target for one); leave it "
+            "out or pass guidance_scale=1",
         ),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not implemented (contrastive search left"),
         ({"use_cache": False}, "use_cache=False is not implemented"),

@@ -83,8 +83,7 @@ def test_lengths_are_numbers_of_the_program():
 
 def aligned(ids, mask, batch=3):
     model, _ = tiny_pairs.pair()
-    settings = GenerationConfig(decoder_start_token_id=START)
-    return decoder_prompt(ids, mask, settings, batch, model.config.decoder_trunk)
+    return decoder_prompt(ids, mask, START, batch, model.config.decoder_trunk)
 
 
 def test_padding_may_stand_on_either_side():

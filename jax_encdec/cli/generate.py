@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -204,6 +205,13 @@ def _explained(args: argparse.Namespace) -> Iterator[None]:
     except InputError as error:
         message = str(error).replace("truncation=True", "--truncation")
         raise InputError(message.replace("restart=True", "--restart")) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not args.output:
+            raise
+        raise InputError(
+            f"{args.output}: no space left on the device; what is done is kept in "
+            f"{args.output}.partial, and the same command goes on when there is space again"
+        ) from None
     except KeyboardInterrupt:
         kept = f"{args.output}.partial"
         if not args.output or not os.path.exists(kept):

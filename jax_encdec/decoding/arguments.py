@@ -8,6 +8,7 @@ Axis letters: B batch, S source length, P prompt length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jax_encdec.checks import (
 from jax_encdec.config import TransformerConfig
 from jax_encdec.decoding import numbers
 from jax_encdec.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from jax_encdec.decoding.fields import KINDS, NO_INFLUENCE, REFUSED
 from jax_encdec.encoder_decoder import EncoderOutput
 from jax_encdec.encoder_decoder_config import EncoderDecoderConfig
 from jax_encdec.errors import ConfigError, InputError, nearest
@@ -65,15 +67,43 @@ _ARGUMENTS = ("prefix_allowed_tokens_fn", "logits_processors",
               "attention_mask", "token_type_ids", "position_ids", "global_attention_mask",
               "encoder_outputs", "key", "decoder_input_ids", "decoder_attention_mask",
               "generation_config", "tokenizer")  # fmt: skip
+# Arguments of Transformers' generate, and what takes their place.
+_ELSEWHERE = {
+    "assistant_model": "there is no assisted generation",
+    "custom_generate": "code is not run from a repository",
+    "inputs": "pass input_ids",
+    "inputs_embeds": "pass encoder_outputs, of model.apply(..., inputs_embeds=..., "
+    "method='encode')",
+    "logits_processor": "pass logits_processors, pure functions (scores, context) -> scores",
+    "negative_prompt_ids": "there is no guidance_scale",
+    "negative_prompt_attention_mask": "there is no guidance_scale",
+    "stopping_criteria": "eos_token_id, stop_strings, max_new_tokens and max_time say when to stop",
+    "streamer": "call model.stream, which yields tokens as they are decided",
+    "synced_gpus": "leave it out",
+    "use_model_defaults": "pass a generation_config",
+}
 
 
 def checked_name(name: str) -> str:
     """The name of an option, or an error when it is a misspelt argument of `generate`."""
+    if name in KINDS or name in REFUSED or name in NO_INFLUENCE:
+        return name
+    if name in _ELSEWHERE:
+        raise InputError(f"generate has no argument {name!r}: {_ELSEWHERE[name]}")
     # `nearest` in GenerationConfig knows options only.
-    hint = nearest(name, _ARGUMENTS)
-    if name not in GenerationConfig.__dataclass_fields__ and hint:
+    if hint := nearest(name, _ARGUMENTS):
         raise InputError(f"generate has no argument {name!r}{hint}")
     return name
+
+
+def processors_of(given: Any) -> tuple[Any, ...]:
+    """`logits_processors` as a tuple."""
+    if callable(given) or not isinstance(given, Sequence):
+        raise InputError(
+            f"logits_processors must be a list or tuple of functions; got {given!r}"
+            + ("; put it into a tuple, (f,)" if callable(given) else "")
+        )
+    return tuple(given)
 
 
 def settings_of(
@@ -82,7 +112,19 @@ def settings_of(
     """A call's configuration, with the special ids from wherever they are defined, and the numbers
     that it holds as arrays."""
     named, arrays = numbers.set_aside({checked_name(k): value for k, value in options.items()})
-    return with_ids((config or model.generation_config).replace(**named), model.config), arrays
+    return with_ids(config_of(model, config).replace(**named), model.config), arrays
+
+
+def config_of(model: EncoderDecoderModel, given: GenerationConfig | None) -> GenerationConfig:
+    """A call's configuration, the model's own where none is given."""
+    if given is None:
+        return model.generation_config
+    if not isinstance(given, GenerationConfig):
+        raise InputError(
+            f"generation_config must be a GenerationConfig; got {given!r}"
+            + ("; make one by GenerationConfig(**it)" if isinstance(given, Mapping) else "")
+        )
+    return given
 
 
 def with_ids(settings: GenerationConfig, config: EncoderDecoderConfig) -> GenerationConfig:
@@ -174,11 +216,12 @@ def widened(x: Any, extra: int, value: int = 0) -> Any:
 
 
 def decoder_prompt(
-    ids: Any, mask: Any, settings: GenerationConfig, batch: int, trunk: TransformerConfig
+    ids: Any, mask: Any, start: Any, batch: int, trunk: TransformerConfig
 ) -> tuple[Any, Any]:
     """The decoder prompts, start token first, and how long they are.
 
     Args:
+        start: the start token, or `[B]`, each row's.
         ids: `[B, P]`; None: the start token alone.
         mask: `[B, P]` of 0/1, 0 at pads, which may stand on either side; None: no pads.
 
@@ -186,19 +229,19 @@ def decoder_prompt(
         int32 `[B, P]`, each row from its first column on, and the lengths: an int where they are
         all the same, else int32 `[B]`.
     """
-    start = settings.decoder_start_token_id
-    assert start is not None
     if ids is None:
         if mask is not None:
             raise InputError("decoder_attention_mask without decoder_input_ids says nothing")
-        return np.full((batch, 1), start, np.int32), 1
+        if isinstance(start, Tracer):
+            return jnp.broadcast_to(start, batch).reshape(-1, 1).astype(jnp.int32), 1
+        return np.broadcast_to(np.asarray(start, np.int32), batch).reshape(-1, 1).copy(), 1
     given, shape = check_inputs("decoder_input_ids", ids, None, trunk)
     assert given is not None
     if shape[0] != batch:
         raise InputError(f"decoder_input_ids must have the source's {batch} rows; got {shape[0]}")
     mask = check_shape("decoder_attention_mask", mask, shape)
     given = _int32(given)
-    if isinstance(given, Tracer) or isinstance(mask, Tracer):
+    if any(isinstance(x, Tracer) for x in (given, mask, start)):
         # The values are unknown: they are taken as they are.
         if mask is None:
             return given, shape[1]
@@ -215,17 +258,18 @@ def decoder_prompt(
     return _opened(np.take_along_axis(np.asarray(given), order, axis=1), lengths, start)
 
 
-def _opened(prompt: np.ndarray, lengths: np.ndarray, start: int) -> tuple[np.ndarray, Any]:
-    """Prompts `[B, P]`, `lengths [B]` of which count, that begin with the start token."""
-    told = lengths > 0
+def _opened(prompt: np.ndarray, lengths: np.ndarray, start: Any) -> tuple[np.ndarray, Any]:
+    """Prompts `[B, P]`, `lengths [B]` of which count, that begin with the start token, or with
+    their own out of `start [B]`."""
+    told, start = lengths > 0, np.broadcast_to(start, len(prompt))
     begins = (prompt[:, 0] == start) & told
     if begins.any() and (begins == told).all():
-        prompt = np.where(told[:, None], prompt, start)  # A row that was told nothing.
+        prompt = np.where(told[:, None], prompt, start[:, None])  # A row that was told nothing.
         lengths = np.maximum(lengths, 1)
     elif begins.any():
         raise InputError(
-            f"some rows of decoder_input_ids begin with the start token {start} and some do not; "
-            f"begin all rows with it, or none"
+            f"some rows of decoder_input_ids begin with the start token "
+            f"{start[int(np.argmax(begins))]} and some do not; begin all rows with it, or none"
         )
     else:
         prompt = np.insert(prompt, 0, start, axis=1)

@@ -37,7 +37,8 @@ class GenerationConfig:
     `temperature`, `top_h`, `top_k` (0 switches it off), `top_p`, `min_p`, `typical_p` and the two
     cutoffs act only when `do_sample` is true; `length_penalty` and `early_stopping` only when
     `num_beams` is above 1, `diversity_penalty` only with groups of beams. `sequence_bias` may also
-    be given as a dict from tuples of ids to numbers.
+    be given as a dict from tuples of ids to numbers. In a call a number, or the start token, may be
+    an array, one per row: see `numbers`.
 
     Raises:
         ConfigError: a field has a value of the wrong kind.
@@ -137,12 +138,10 @@ class GenerationConfig:
             if name in KINDS:
                 fields[name] = value
                 continue
-            if name in REFUSED:
-                neutral, reason = REFUSED[name]
-            elif name in NO_INFLUENCE:
-                neutral, reason = NO_INFLUENCE[name], "it would not change what comes out"
-            else:
+            known = REFUSED.get(name) or NO_INFLUENCE.get(name)
+            if known is None:
                 raise InputError(f"unknown generation option {name!r}{nearest(name, KINDS)}")
+            neutral, reason = known
             if not is_neutral(value, neutral):
                 raise InputError(
                     f"generation option {name}={value!r} is not implemented ({reason}); "

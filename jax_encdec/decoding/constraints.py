@@ -154,6 +154,11 @@ def explored(
     Raises:
         InputError: more than `MAX_PREFIXES` prefixes, or a prompt after which nothing is allowed.
     """
+    if not callable(allowed):
+        raise InputError(
+            "prefix_allowed_tokens_fn must be a function (row, ids) -> allowed ids, or a "
+            f"Constraint; got {allowed!r}"
+        )
     ends = _ids(eos_token_id)
     prefixes = [(row, tuple(int(t) for t in prompt)) for row, prompt in enumerate(prompts)]
     forced: list[Any] = [None] * len(prefixes)
@@ -169,7 +174,13 @@ def explored(
         node: dict[int, int | None] = {}
         first = forced[row] if len(prefix) == 1 else None
         answer = allowed(row, np.array(prefix, np.int32)) if first is None else (first,)
-        for token in _ids(answer):
+        try:
+            answer = _ids(answer)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"prefix_allowed_tokens_fn must return token ids; got {answer!r}"
+            ) from None
+        for token in answer:
             goes_on = token not in ends and len(prefix) + 1 < max_length
             if token not in node:
                 node[token] = len(prefixes) if goes_on else None

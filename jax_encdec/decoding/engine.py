@@ -34,6 +34,7 @@ from jax_encdec.decoding.arguments import (
     Source,
     bucketed,
     decoder_prompt,
+    processors_of,
     random_key,
     settings_of,
     source_arrays,
@@ -201,7 +202,7 @@ def generate(
         tokenizer=tokenizer,
         key=key,
         allowed=prefix_allowed_tokens_fn,
-        logits_processors=tuple(logits_processors),
+        logits_processors=processors_of(logits_processors),
     )
     if settings.max_time is None:
         with sharded.running(asked.params):
@@ -254,14 +255,18 @@ def request(
     source = source_arrays(model, inputs)
     assert source.mask is not None
     batch, source_length = source.mask.shape
-    prompt, lengths = decoder_prompt(
-        inputs.decoder_input_ids, inputs.decoder_attention_mask, settings, batch, trunk
-    )
     arrays = arrays or {}
+    numbers.check(settings, arrays, batch)
+    prompt, lengths = decoder_prompt(
+        inputs.decoder_input_ids,
+        inputs.decoder_attention_mask,
+        arrays.get("decoder_start_token_id", settings.decoder_start_token_id),
+        batch,
+        trunk,
+    )
     leaves = jax.tree.leaves((params, source, prompt, lengths, key, arrays, allowed))
     traced = any(isinstance(leaf, Tracer) for leaf in leaves)
     length = prompt.shape[1]
-    numbers.check(settings, arrays, batch)
     settings = with_room(settings, trunk, length)
     full = settings.resolved(length)
     assert full.max_length is not None

@@ -22,7 +22,7 @@ import numpy as np
 
 import jax_encdec
 from jax_encdec.decoding import archive
-from jax_encdec.decoding.arguments import checked_name, with_ids, with_room
+from jax_encdec.decoding.arguments import checked_name, config_of, with_ids, with_room
 from jax_encdec.decoding.config import GenerationConfig
 from jax_encdec.decoding.engine import generate
 from jax_encdec.decoding.exported import ADJUSTABLE, LAYOUT, PROGRAM, TOKENIZERS, WEIGHTS
@@ -321,7 +321,7 @@ def _settings(
         checked_name(name)
         if isinstance(value, jax.Array | np.ndarray):
             raise InputError(f"{name} must be a Python value to be exported; rows come later")
-    settings = (config or model.generation_config).replace(**options)
+    settings = config_of(model, config).replace(**options)
     trunk = model.config.decoder_trunk
     settings = with_room(with_ids(settings, model.config), trunk, 1)
     for name in ("stop_strings", "max_time"):

@@ -36,7 +36,9 @@ LAYOUT = "layouts/{layout}.stablehlo"
 PROGRAM = "programs/{platform}/{batch}x{length}.stablehlo"
 ADJUSTABLE: dict[str, Any] = {
     name: np.int32 if name in numbers.INTEGERS else np.float32
-    for name in sorted(numbers.NUMBERS - {"max_length", "min_new_tokens", "top_k"})
+    for name in sorted(
+        numbers.NUMBERS - {"decoder_start_token_id", "max_length", "min_new_tokens", "top_k"}
+    )
 }
 """The options that a program may take as arguments, one number per row, and their types. Lengths
 are those of `max_new_tokens` and `min_length`, into which the others turn."""

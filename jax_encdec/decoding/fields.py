@@ -14,29 +14,58 @@ from typing import Any
 # Options of Transformers that change the result and are not implemented here: the values that mean
 # "off" (every file of Transformers v4 spells them out), and why.
 _OUT_OF_CORE = "left the core of Transformers in v5"
+_UNASSISTED = "there is no assisted generation"
 _CONSTRAINED = f"constrained beam search {_OUT_OF_CORE}; prefix_allowed_tokens_fn is here"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_early_exit": ((None,), "there is no assisted generation"),
+    "assistant_early_exit": ((None,), _UNASSISTED),
     "constraints": ((None,), _CONSTRAINED),
     "dola_layers": ((None,), f"DoLa decoding {_OUT_OF_CORE}"),
     "force_words_ids": ((None,), _CONSTRAINED),
     "forced_decoder_ids": ((None,), f"it {_OUT_OF_CORE}; decoder_input_ids do the same"),
     "guidance_scale": (
         (None, 1),
-        "in an encoder-decoder Transformers' unconditional pass has no source to run on, and fails",
+        "in an encoder-decoder Transformers' unconditional pass has no source: it fails, or takes "
+        "the target for one",
     ),
     "penalty_alpha": ((None, 0), f"contrastive search {_OUT_OF_CORE}"),
-    "prompt_lookup_num_tokens": ((None,), "there is no assisted generation"),
+    "prompt_lookup_num_tokens": ((None,), _UNASSISTED),
     "token_healing": ((None, False), "it rewrites a prompt that continues, which a source is not"),
     "use_mtp": ((None, False), "no family here has heads for several tokens"),
     "watermarking_config": ((None,), "texts are not watermarked"),
 }
 # Options that do not change which tokens come out: fine in a file whatever their value; in a call
-# only with the value that describes what this library does anyway.
-NO_INFLUENCE: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": (None,),
-    "return_dict_in_generate": (None, True),
-    "use_cache": (None, True),
+# only with the values that describe what this library does anyway.
+_SAME = "it would not change what comes out"
+NO_INFLUENCE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cache_implementation": ((None,), _SAME),
+    "return_dict_in_generate": ((None, True), "what comes out always has its parts by name"),
+    "use_cache": ((None, True), _SAME),
+    **dict.fromkeys(
+        (
+            "cache_config",
+            "compile_config",
+            "continuous_batching_config",
+            "disable_compile",
+            "low_memory",
+            "max_cache_len",
+            "prefill_chunk_size",
+        ),
+        ((None, False), _SAME),
+    ),
+    **dict.fromkeys(
+        (
+            "assistant_confidence_threshold",
+            "assistant_ensemble_weight",
+            "assistant_lookbehind",
+            "is_assistant",
+            "max_matching_ngram_size",
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "speculation_type",
+            "target_lookbehind",
+        ),
+        ((None, False), _UNASSISTED),
+    ),
 }
 
 

@@ -29,6 +29,7 @@ INTEGERS = frozenset(
         "no_repeat_ngram_size",
         "encoder_no_repeat_ngram_size",
         "forced_bos_token_id",
+        "decoder_start_token_id",
     )
 )
 NUMBERS = INTEGERS | frozenset(
@@ -64,6 +65,8 @@ def set_aside(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     """
     values, arrays = {}, {}
     for name, value in options.items():
+        if name == "decoder_start_token_id" and isinstance(value, list | tuple):
+            value = np.asarray(value)  # As Transformers takes a start of each row's own.
         if not isinstance(value, np.ndarray | jax.Array):
             values[name] = value
             continue

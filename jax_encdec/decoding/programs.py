@@ -7,7 +7,7 @@ any lengths compiles no more programs than the ladder has rungs; numbers never c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -71,9 +71,12 @@ def warmup(
         InputError: a shape that is no pair of positive numbers, or as `generate`.
     """
     before = len(_compiled)
-    for shape in shapes:
-        if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
-            raise InputError(f"shapes are pairs (batch, source length); got {shape!r}")
+    for shape in shapes if isinstance(shapes, Iterable) else [shapes]:
+        pair = isinstance(shape, Sequence) and len(shape) == 2
+        if not pair or any(not isinstance(n, int) or n < 1 for n in shape):
+            raise InputError(
+                f"shapes are a list of pairs (batch, source length); got {shape!r} among them"
+            )
         ids = np.zeros(shape, np.int32)
         mask = np.ones_like(ids)
         if stream:

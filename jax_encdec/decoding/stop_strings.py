@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jax_encdec.errors import InputError
+from jax_encdec.tokenization import Tokenizer
 
 _BEFORE = "abcdef"  # put before a token, so that decoders treat it as the middle of a text
 
@@ -35,6 +36,11 @@ def stop_table(tokenizer: Any, stop_strings: str | Sequence[str], vocab_size: in
         InputError: no token completes one of the strings.
     """
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(
+            "tokenizer must be one of this library, such as the target of "
+            f"TokenizerPair.from_pretrained(path); got {type(tokenizer).__name__}"
+        )
     return _table(_Same(tokenizer.backend), strings, vocab_size)
 
 

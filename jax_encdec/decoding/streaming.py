@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_encdec.decoding import search, sharded
-from jax_encdec.decoding.arguments import Inputs, settings_of
+from jax_encdec.decoding.arguments import Inputs, processors_of, settings_of
 from jax_encdec.decoding.engine import (
     GenerationOutput,
     Request,
@@ -116,7 +116,7 @@ def stream(
         tokenizer=tokenizer,
         key=key,
         allowed=prefix_allowed_tokens_fn,
-        logits_processors=tuple(logits_processors),
+        logits_processors=processors_of(logits_processors),
     )
     if traced:
         raise InputError("stream cannot run inside jit or vmap; use generate there")

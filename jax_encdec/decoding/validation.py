@@ -145,6 +145,9 @@ def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
                 raise InputError(
                     f"{name} must lie in the vocabulary, 0 to {vocab_size - 1}, got {token}"
                 )
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len(set(getattr(config, name) or ())) == vocab_size:
+            raise InputError(f"{name} must leave a token to generate; got all {vocab_size}")
     if len(config.eos_token_ids) >= vocab_size:
         raise InputError(
             f"eos_token_id must leave other tokens to generate, got {len(config.eos_token_ids)} "
