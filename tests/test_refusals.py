@@ -59,7 +59,7 @@ def test_every_field_of_transformers_is_implemented_or_refused_by_name():
         ({"decoder_start_token_id": [1, 2]}, "each of the 3 rows, got 2"),
         ({"decoder_start_token_id": [1, 2, 160]}, "0 to 159, got 160"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
 )
 def test_wrong_arguments_are_refused_in_a_sentence(options, said):
     with pytest.raises(InputError, match=said) as error:
