@@ -8,11 +8,8 @@ for it.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,14 +105,4 @@ def land(tree: Any, device: Any = None) -> Any:
     # Copies of arrays let other threads run.
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         made = dict(zip(wanted, pool.map(make, wanted.values()), strict=True))
-    give_back()
     return jax.tree.unflatten(treedef, [made.get(id(leaf), leaf) for leaf in leaves])
-
-
-def give_back() -> None:
-    """Return memory that is free to the system: glibc would keep what reading took, a twentieth of
-    a model, as long as the process lives."""
-    if sys.platform.startswith("linux"):
-        # With other C libraries there is no such function.
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
